@@ -1,0 +1,393 @@
+"""Convolution and dense layers in the lowering that is fast on the device at hand.
+
+One convolution is one mathematical function, but no single program for it is fast everywhere: a
+1x1 convolution on a CPU is several times faster as a flat matrix product, and slower so on a TPU;
+a grouped convolution is best merged into 16 channels on a CPU, 128 on a TPU, and left alone on a
+GPU. `lax.platform_dependent` keeps only the branch of the device that is compiled for.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attention_jax.functional import cost
+from attention_jax.functional.sharding import per_example
+
+Pads = tuple[tuple[int, int], ...]
+Ints = tuple[int, ...]
+
+# Compile time grows with the taps: beyond a 7x7 window XLA's own depthwise convolution is used.
+_MOST_SHIFTS = 49
+# Channels that a dense convolution made of merged groups sees: one vector on a CPU, one tile of the
+# matrix unit on a TPU.
+_CPU_CHANNELS = 16
+_TPU_CHANNELS = 128
+
+
+def conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: int | Sequence[int | tuple[int, int]] | None = None,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> jax.Array:
+    """Convolution (cross-correlation, as every deep learning library has it), channels last.
+
+    `y[p, o] = sum_{t, i} x[p * strides + t * dilation - padding, i] kernel[t, i, o]`, with o's
+    group giving the channels that i runs over.
+
+    The gradients of depthwise convolutions are written by hand, so forward-mode differentiation
+    (`jax.jvp`, `jax.hessian`) of those raises a TypeError; all else is ordinary autodiff.
+
+    Args:
+        x: `[..., *spatial, c]`, any leading axes.
+        kernel: `[*window, c / groups, o]`, one, two or three window axes.
+        strides: one number, or one a spatial axis.
+        padding: zeros around x. None is `(k - 1) // 2 * dilation` on each side (never 'SAME', which
+            pads even sizes unevenly at strides); else one number for all sides, or for each spatial
+            axis a number or a pair (low, high).
+        dilation: one number, or one a spatial axis: distance of the window's taps.
+        groups: the channels of x and of the result are split into as many groups, each group of
+            results seeing only its own channels.
+
+    Returns:
+        `[..., *out, o]` in the promoted type of x and kernel, with
+        `out = (spatial + low + high - dilation * (k - 1) - 1) // strides + 1`.
+
+    Raises:
+        ValueError: the shapes do not fit, or an argument is out of range.
+    """
+    rank = kernel.ndim - 2
+    if rank not in (1, 2, 3):
+        raise ValueError(
+            f'kernel must be [*window, c / groups, o] with 1, 2 or 3 window axes; '
+            f'got shape {kernel.shape}'
+        )
+    if x.ndim < rank + 1:
+        raise ValueError(f'x must be [..., {rank} spatial axes, c]; got shape {x.shape}')
+    channels, features = x.shape[-1], kernel.shape[-1]
+    if groups < 1 or channels % groups or features % groups:
+        raise ValueError(
+            f'groups must be at least 1 and divide the channels of x ({channels}) and the features '
+            f'of kernel ({features}); got {groups}'
+        )
+    if kernel.shape[-2] * groups != channels:
+        raise ValueError(
+            f'kernel has {kernel.shape[-2]} input channels in each of {groups} groups, '
+            f'{kernel.shape[-2] * groups} in all, but x has {channels}'
+        )
+    window = kernel.shape[:-2]
+    strides = each_axis('strides', strides, rank)
+    dilation = each_axis('dilation', dilation, rank)
+    if padding is None:
+        pads = tuple(((k - 1) // 2 * d,) * 2 for k, d in zip(window, dilation, strict=True))
+    else:
+        pads = pad_pairs(padding, rank)
+    spatial = x.shape[-rank - 1 : -1]
+    out = _output_sizes(spatial, window, strides, pads, dilation)
+    if min(out) < 1:
+        raise ValueError(
+            f"x of spatial size {spatial} with padding {pads} is smaller than the kernel's window "
+            f'{window} at dilation {dilation}; enlarge x or the padding'
+        )
+
+    leading = x.shape[: -rank - 1]
+    cost.add('macs', math.prod(leading) * math.prod(out) * math.prod(kernel.shape))
+    dtype = jnp.result_type(x, kernel)
+    x = x.astype(dtype).reshape(math.prod(leading), *x.shape[-rank - 1 :])
+    y = _lower(x, kernel.astype(dtype), strides, pads, dilation, groups)
+    return y.reshape(*leading, *y.shape[1:])
+
+
+def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Matrix product over the last axis, of vectors and maps alike.
+
+    Args:
+        x: `[..., c]`.
+        kernel: `[c, o]`.
+
+    Returns:
+        `[..., o]` in the promoted type of x and kernel.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if kernel.ndim != 2:
+        raise ValueError(f'kernel must be [c, o]; got shape {kernel.shape}')
+    if x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
+        raise ValueError(f'kernel has {kernel.shape[0]} input channels, but x has shape {x.shape}')
+    cost.add('macs', x.size * kernel.shape[1])
+    dtype = jnp.result_type(x, kernel)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    if x.ndim <= 2:
+        return x @ kernel
+    other = _map_product if x.ndim == 4 else jnp.matmul
+    return lax.platform_dependent(x, kernel, cpu=_flat_product, default=other)
+
+
+def each_axis(name: str, value: int | Sequence[int], rank: int) -> Ints:
+    """One positive integer a spatial axis; `name` is for the error."""
+    numbers = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    if len(numbers) != rank or any(n != int(n) or n < 1 for n in numbers):
+        raise ValueError(
+            f'{name} must be one integer of at least 1, or {rank} of them (one a spatial axis); '
+            f'got {value}'
+        )
+    return tuple(int(n) for n in numbers)
+
+
+def pad_pairs(padding: int | Sequence[int | tuple[int, int]], rank: int) -> Pads:
+    """A pair (low, high) a spatial axis."""
+    axes = tuple(padding) if isinstance(padding, Sequence) else (padding,) * rank
+    pairs = tuple(tuple(p) if isinstance(p, Sequence) else (p, p) for p in axes)
+    if len(pairs) != rank or any(len(p) != 2 for p in pairs):
+        raise ValueError(
+            f'padding must be one integer, or for each of {rank} spatial axes an integer or a pair '
+            f'(low, high); got {padding}'
+        )
+    if any(n != int(n) or n < 0 for pair in pairs for n in pair):
+        raise ValueError(f'padding must be integers of at least 0; got {padding}')
+    return tuple((int(low), int(high)) for low, high in pairs)
+
+
+def _output_sizes(spatial: Ints, window: Ints, strides: Ints, pads: Pads, dilation: Ints) -> Ints:
+    return tuple(
+        (n + low + high - d * (k - 1) - 1) // s + 1
+        for n, k, s, (low, high), d in zip(spatial, window, strides, pads, dilation, strict=True)
+    )
+
+
+def _lower(
+    x: jax.Array, kernel: jax.Array, strides: Ints, pads: Pads, dilation: Ints, groups: int
+) -> jax.Array:
+    """Chooses the form; x `[b, *spatial, c]`, arguments checked and of one type."""
+    rank = len(strides)
+    window, channels, features = kernel.shape[:-2], x.shape[-1], kernel.shape[-1]
+    settings = {'strides': strides, 'pads': pads, 'dilation': dilation}
+    plain = functools.partial(_lax, **settings, groups=groups)
+
+    if groups == 1:
+        if math.prod(window) == 1 and not any(map(any, pads)):
+            flat = functools.partial(_pointwise, strides=strides)
+            return lax.platform_dependent(x, kernel, cpu=flat, default=plain)
+        if rank == 2 and channels <= 2 and features == 1 and set(strides) == {1}:
+            return _toeplitz(x, kernel, pads, dilation)
+        return plain(x, kernel)
+
+    if groups == channels == features and math.prod(window) <= _MOST_SHIFTS and rank < 3:
+        shifts = functools.partial(_shifts, **settings)
+        return lax.platform_dependent(x, kernel, cpu=shifts, default=plain)
+    if groups == channels == features:
+        return plain(x, kernel)
+    merged = functools.partial(_merged, **settings, groups=groups)
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(merged, width=_CPU_CHANNELS),
+        tpu=functools.partial(merged, width=_TPU_CHANNELS),
+        default=per_example(plain),
+    )
+
+
+def _lax(
+    x: jax.Array, kernel: jax.Array, *, strides: Ints, pads: Pads, dilation: Ints, groups: int = 1
+) -> jax.Array:
+    letters = 'DHW'[-len(strides) :]
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        pads,
+        rhs_dilation=dilation,
+        dimension_numbers=(f'N{letters}C', f'{letters}IO', f'N{letters}C'),
+        feature_group_count=groups,
+    )
+
+
+def _flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel` as one product of two matrices: on a CPU twice as fast in the gradient."""
+    y = x.reshape(-1, x.shape[-1]) @ kernel
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def _map_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel` as a convolution, with which accelerators fuse what stands around it."""
+    return _lax(x, kernel[None, None], strides=(1, 1), pads=((0, 0), (0, 0)), dilation=(1, 1))
+
+
+def _pointwise(x: jax.Array, kernel: jax.Array, *, strides: Ints) -> jax.Array:
+    """A window of one tap, no padding: strides are a slice, the rest a product."""
+    if set(strides) != {1}:
+        x = lax.slice(x, (0,) * x.ndim, x.shape, (1, *strides, 1))
+    return _flat_product(x, kernel.reshape(kernel.shape[-2:]))
+
+
+def _toeplitz(x: jax.Array, kernel: jax.Array, pads: Pads, dilation: Ints) -> jax.Array:
+    """One or two channels to one: taps along one axis as a matrix, along the other as a window.
+
+    A convolution with so few channels leaves vector and matrix units idle, and its kernel gradient
+    hardly compiles for a TPU. Along an axis of n positions it is a product with the banded matrix
+    `band[t, p, i, q] = kernel[t, p - q + low, i]`, so that all of it is a convolution over the
+    other axis, of n * c channels to n; the axis taken is the shorter one.
+
+    Args:
+        x: `[b, h, w, c]`.
+        kernel: `[kh, kw, c, 1]`.
+        pads: zeros around h and w.
+        dilation: distance of the taps along h and w.
+    """
+    turn = x.shape[1] < x.shape[2]
+    if turn:
+        x, kernel = x.swapaxes(1, 2), kernel.swapaxes(0, 1)
+        pads, dilation = pads[::-1], dilation[::-1]
+    batch, rows, size, channels = x.shape
+    taps, (low, high), step = kernel.shape[1], pads[1], dilation[1]
+    out = size + low + high - step * (taps - 1)
+    position = np.arange(size)[:, None] - np.arange(out) + low  # [size, out]
+    hits = position == step * np.arange(taps)[:, None, None]  # [taps, size, out]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # A sum with one term at most: exact at any matmul precision.
+    band = jnp.einsum(
+        'tjc,jpq->tpcq', kernel[..., 0].astype(wide), hits.astype(wide), precision='highest'
+    )
+    y = _lax(
+        x.reshape(batch, rows, size * channels).astype(wide),
+        band.reshape(-1, size * channels, out),
+        strides=(1,),
+        pads=pads[:1],
+        dilation=dilation[:1],
+    )
+    y = y.swapaxes(1, 2) if turn else y
+    return y.astype(x.dtype)[..., None]
+
+
+def _merged(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    strides: Ints,
+    pads: Pads,
+    dilation: Ints,
+    groups: int,
+    width: int,
+) -> jax.Array:
+    """Grouped convolution as dense convolutions that see about `width` channels each.
+
+    Neighbouring groups share a dense convolution whose kernel is zero between them: more work on
+    paper, but XLA's CPU gradient of a grouped convolution is hundreds of times slower, and its
+    partitioner gathers the batch for it on CPU and GPU.
+    """
+    *window, inputs, features = kernel.shape
+    merge = max(min(width // inputs, groups), 1)
+    while groups % merge:
+        merge -= 1
+    parts = groups // merge
+    kernel = kernel.reshape(*window, inputs, parts, merge, features // groups)
+    eye = jnp.eye(merge, dtype=kernel.dtype)
+    # [*window, parts, merge, inputs, merge, outputs]
+    blocks = jnp.einsum('...ipgo,gh->...phigo', kernel, eye, precision='highest')
+    blocks = blocks.reshape(*window, parts, merge * inputs, features // parts)
+    results = [
+        _lax(piece, blocks[..., part, :, :], strides=strides, pads=pads, dilation=dilation)
+        for part, piece in enumerate(jnp.split(x, parts, -1))
+    ]
+    return jnp.concatenate(results, -1)
+
+
+def _shifts(
+    x: jax.Array, kernel: jax.Array, *, strides: Ints, pads: Pads, dilation: Ints
+) -> jax.Array:
+    """Depthwise convolution as shifted copies times a vector of weights, summed in float32."""
+    if len(strides) == 1:  # a map of one row
+        y = _shifts(
+            x[:, None],
+            kernel[None],
+            strides=(1, *strides),
+            pads=((0, 0), *pads),
+            dilation=(1, *dilation),
+        )
+        return y[:, 0]
+    dtype = x.dtype
+    x, kernel = (a.astype(jnp.promote_types(dtype, jnp.float32)) for a in (x, kernel))
+    if set(strides) == {1}:
+        return _unit_shifts(x, kernel, pads, dilation).astype(dtype)
+    return _shifted_sum(x, kernel, strides, pads, dilation).astype(dtype)
+
+
+def _shifted_sum(
+    x: jax.Array, kernel: jax.Array, strides: Ints, pads: Pads, dilation: Ints
+) -> jax.Array:
+    rows, columns, _, channels = kernel.shape
+    out = _output_sizes(x.shape[1:3], (rows, columns), strides, pads, dilation)
+    x = _pad(x, pads)
+    span = [(n - 1) * s + 1 for n, s in zip(out, strides, strict=True)]
+    y = None
+    for i in range(rows):
+        for j in range(columns):
+            top, left = i * dilation[0], j * dilation[1]
+            end = (x.shape[0], top + span[0], left + span[1], channels)
+            term = lax.slice(x, (0, top, left, 0), end, (1, *strides, 1)) * _vector(kernel, i, j)
+            y = term if y is None else y + term
+    return y
+
+
+def _vector(kernel: jax.Array, i: int, j: int) -> jax.Array:
+    return kernel[i, j].reshape(1, 1, 1, -1)
+
+
+def _pad(x: jax.Array, pads: Pads) -> jax.Array:
+    """Zeros around h and w; a negative number cuts."""
+    zero = jnp.zeros((), x.dtype)
+    return lax.pad(x, zero, ((0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _unit_shifts(x: jax.Array, kernel: jax.Array, pads: Pads, dilation: Ints) -> jax.Array:
+    """Depthwise at stride 1, with a gradient of the kernel that reads its operands once."""
+    return _shifted_sum(x, kernel, (1, 1), pads, dilation)
+
+
+def _unit_shifts_forward(
+    x: jax.Array, kernel: jax.Array, pads: Pads, dilation: Ints
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _unit_shifts(x, kernel, pads, dilation), (x, kernel)
+
+
+def _unit_shifts_backward(
+    pads: Pads, dilation: Ints, residual: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residual
+    rows, columns = kernel.shape[:2]
+    reach = [d * (k - 1) for d, k in zip(dilation, (rows, columns), strict=True)]
+    turned = tuple((r - low, r - high) for r, (low, high) in zip(reach, pads, strict=True))
+    dx = _unit_shifts(g, kernel[::-1, ::-1], turned, dilation)
+
+    x = _pad(x, pads)
+    width = g.shape[2]
+
+    def row(r: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Adds output row r to the sums of all taps, while its rows of x are in the cache."""
+        gr = lax.dynamic_index_in_dim(g, r, 1, keepdims=False)
+        lines = [
+            lax.dynamic_index_in_dim(x, r + i * dilation[0], 1, keepdims=False) for i in range(rows)
+        ]
+        shifted = [
+            line[:, j * dilation[1] : j * dilation[1] + width]
+            for line in lines
+            for j in range(columns)
+        ]
+        return tuple(s + (t * gr).sum(0) for s, t in zip(sums, shifted, strict=True))
+
+    zeros = jnp.zeros((width, x.shape[3]), x.dtype)
+    sums = lax.fori_loop(0, g.shape[1], row, (zeros,) * (rows * columns))
+    return dx, jnp.stack([s.sum(0) for s in sums]).reshape(kernel.shape)
+
+
+_unit_shifts.defvjp(_unit_shifts_forward, _unit_shifts_backward)
