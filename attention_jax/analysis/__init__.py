@@ -1,0 +1,1 @@
+"""What a module or network costs, holds and looks at."""

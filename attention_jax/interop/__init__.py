@@ -1,0 +1,1 @@
+"""Weights and modules from and to other libraries."""

@@ -1,0 +1,54 @@
+"""The mechanisms, one file each; importing this package registers them all."""
+
+from attention_jax.modules.bam import BAM
+from attention_jax.modules.cbam import CBAM, CBAMChannel, CBAMSpatial
+from attention_jax.modules.cgnl import CGNL
+from attention_jax.modules.criss_cross import CrissCrossAttention
+from attention_jax.modules.cross_layer_non_local import CrossLayerNonLocal
+from attention_jax.modules.danet import ChannelAffinityAttention, DANetHead, PositionAttention
+from attention_jax.modules.double_attention import DoubleAttention
+from attention_jax.modules.downsampled_self_attention import DownsampledSelfAttention
+from attention_jax.modules.eca import EfficientChannelAttention
+from attention_jax.modules.ese import EffectiveSqueezeExcite
+from attention_jax.modules.external_attention import ExternalAttention, MultiHeadExternalAttention
+from attention_jax.modules.gc import GlobalContext
+from attention_jax.modules.gsop import GlobalSecondOrderPooling
+from attention_jax.modules.isqrt_cov import IterativeSqrtCovariancePooling
+from attention_jax.modules.non_local import NonLocal
+from attention_jax.modules.pyramid_self_attention import PyramidSelfAttention
+from attention_jax.modules.qkv import QKVAttention
+from attention_jax.modules.se import SqueezeExcite
+from attention_jax.modules.self_attention import SelfAttention
+from attention_jax.modules.sk import SelectiveKernel
+from attention_jax.modules.split_attention import SplitAttention
+from attention_jax.modules.triplet import TripletAttention
+
+__all__ = [
+    'BAM',
+    'CBAM',
+    'CGNL',
+    'CBAMChannel',
+    'CBAMSpatial',
+    'ChannelAffinityAttention',
+    'CrissCrossAttention',
+    'CrossLayerNonLocal',
+    'DANetHead',
+    'DoubleAttention',
+    'DownsampledSelfAttention',
+    'EffectiveSqueezeExcite',
+    'EfficientChannelAttention',
+    'ExternalAttention',
+    'GlobalContext',
+    'GlobalSecondOrderPooling',
+    'IterativeSqrtCovariancePooling',
+    'MultiHeadExternalAttention',
+    'NonLocal',
+    'PositionAttention',
+    'PyramidSelfAttention',
+    'QKVAttention',
+    'SelectiveKernel',
+    'SelfAttention',
+    'SplitAttention',
+    'SqueezeExcite',
+    'TripletAttention',
+]

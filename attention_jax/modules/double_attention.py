@@ -1,0 +1,248 @@
+"""Double attention (A2-Nets)."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn import initializers
+
+from attention_jax import checks
+from attention_jax.functional import cost
+from attention_jax.functional.normalization import statistics_type
+from attention_jax.modules.layers import (
+    BatchNorm,
+    Dense,
+    Dtype,
+    flatten_positions,
+    hidden_width,
+    sow_map,
+    torch_kernel,
+    wanted_queries,
+)
+from attention_jax.registry import register_attention
+
+_DOUBLE_ATTEN = {
+    'reduction': 1,
+    'gather': 'mean',
+    'distribute': 'positions',
+    'reconstruct': False,
+    'residual': False,
+}
+
+
+@register_attention(
+    'double_attention',
+    paper='A2-Nets: Double Attention Networks',
+    arxiv='1810.11579',
+    year=2018,
+    family='positions',
+    complexity='N C^2/r',
+    placement='inserted',
+    variants={
+        'paper': {},
+        'paper_pairwise': {'association': 'pairwise'},
+        'video': {'spatial_dims': 3},
+        'batch_norm': {'normalization': 'batch', 'zero_init': True},
+        'nguyenvo09': {'residual': False},
+        'nguyenvo09_core': {'reduction': 1, 'reconstruct': False, 'residual': False},
+        'double_atten': _DOUBLE_ATTEN,
+    },
+    torch_names={
+        'authors': {
+            'convA.*': ('feature/*', 'o i 1 1 -> i o'),
+            'convB.*': ('gather/*', 'o i 1 1 -> i o'),
+            'convV.*': ('distribute/*', 'o i 1 1 -> i o'),
+            'conv_reconstruct.*': ('out/*', 'o i 1 1 -> i o'),
+        }
+    },
+)
+class DoubleAttention(nn.Module):
+    """Double attention: a few descriptors of the whole map, handed back to every position.
+
+    With the n positions of x, m the hidden width and k descriptors::
+
+        F = x Wa + ba                             [..., n, m]
+        B = softmax over positions (x Wb + bb)    [..., n, k]    attention maps of the descriptors
+        V = softmax over descriptors (x Wv + bv)  [..., n, k]    attention vectors of the positions
+        G = B^T F                                 [..., k, m]    gather
+        Z = V G                                   [..., n, m]    distribute
+        out = x + norm(Z Wo + bo)                 Wo [m, c]
+
+    The same by `association='pairwise'` is `Z = (V B^T) F` with a map `[..., n, n]`: n^2 numbers in
+    memory, where the first takes k m, and `n^2 (k + m)` multiply-accumulates instead of `2 n k m`.
+    It is worth it for that map, or for n below `2 k m / (k + m)`. bb shifts all logits of a
+    softmax alike, so its gradient is zero; with one descriptor V is 1, and Wv learns nothing.
+
+    Source: Chen, Kalantidis, Li, Yan, Feng, "A^2-Nets: Double Attention Networks", NeurIPS 2018,
+    arXiv 1810.11579. There is no released code of the authors; defaults from
+    nguyenvo09/Double-Attention-Network double_attention_layer.py, `DoubleAttentionLayer`, which
+    agrees with the equations, with the paper's residual (that class returns Z, or Z Wo + bo) and
+    PyTorch's initialisers. The class `DoubleAtten`, found in many repositories, has both softmaxes
+    over the positions, divides G by n and returns Z: the variant 'double_atten', with a result of
+    the order of k / n^2. Others take the softmax over the batch, which mixes samples, or contract V
+    with the channels of G: not offered.
+
+    Attributes:
+        spatial_dims: 1, 2 or 3 axes of positions, the last before c; all others are batch.
+        reduction: divisor of the channels that gives m, rounded down.
+        hidden: m itself; wins over `reduction`.
+        descriptors: k; None is m.
+        gather: 'sum', or 'mean', which divides G by n.
+        distribute: axis of the softmax of V: 'descriptors' or 'positions'.
+        association: 'gather' or 'pairwise'.
+        reconstruct: Wo, bo; without it the result has m channels.
+        residual: adds x.
+        normalization: 'batch', a batch normalisation after Wo; or None.
+        zero_init: the norm's scale starts at 0, or Wo and bo where there is no norm.
+        use_bias: ba, bb, bv, bo.
+        dtype: type of the computation; None is the input's. Both softmaxes are float32.
+        param_dtype: type of the parameters.
+    """
+
+    spatial_dims: int = 2
+    reduction: int = 4
+    hidden: int | None = None
+    descriptors: int | None = None
+    gather: str = 'sum'
+    distribute: str = 'descriptors'
+    association: str = 'gather'
+    reconstruct: bool = True
+    residual: bool = True
+    normalization: str | None = None
+    zero_init: bool = False
+    use_bias: bool = True
+    dtype: Dtype = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Gathers descriptors of x and adds what they give to each position.
+
+        Maps: `gather_map` B^T `[..., k, n]`, `distribute_map` V `[..., n, k]`; by 'pairwise' also
+        `pair_map` V B^T `[..., n, n]`, of which only the rows of the queries asked for.
+
+        Args:
+            x: `[..., h, w, c]`, `[..., l, c]` or `[..., t, h, w, c]` by `spatial_dims`.
+            train: uses the batch's statistics in the norm.
+
+        Returns:
+            The shape of x; without `reconstruct` m channels.
+
+        Raises:
+            ValueError: an unknown name, a size below 1, a residual between different widths, or a
+                norm or zero_init without `reconstruct`.
+        """
+        c = x.shape[-1]
+        m, k = self._widths(x)
+        x = x.astype(self.dtype or x.dtype)
+        dense = functools.partial(Dense, use_bias=self.use_bias, param_dtype=self.param_dtype)
+        feature = dense(m, name='feature')(x)
+        positions = tuple(range(-1 - self.spatial_dims, -1))
+        gather = _softmax(dense(k, name='gather')(x), positions)
+        if self.gather == 'mean':
+            gather = gather / math.prod(x.shape[axis] for axis in positions)
+        distribute = _softmax(
+            dense(k, name='distribute')(x),
+            -1 if self.distribute == 'descriptors' else positions,
+        )
+        self._sow(gather, distribute)
+        product = _pairwise if self.association == 'pairwise' else _gathered
+        z = product(
+            feature, gather.astype(x.dtype), distribute.astype(x.dtype), self.spatial_dims
+        ).astype(x.dtype)
+        if self.reconstruct:
+            z = self._out(z, c, train)
+        return x + z if self.residual else z
+
+    def _widths(self, x: jax.Array) -> tuple[int, int]:
+        """Checks the arguments; the hidden width and the number of descriptors."""
+        checks.choice('spatial_dims', self.spatial_dims, (1, 2, 3))
+        checks.feature_map(x, self.spatial_dims)
+        checks.choice('gather', self.gather, ('sum', 'mean'))
+        checks.choice('distribute', self.distribute, ('descriptors', 'positions'))
+        checks.choice('association', self.association, ('gather', 'pairwise'))
+        checks.choice('normalization', self.normalization, (None, 'batch'))
+        c = x.shape[-1]
+        m = hidden_width(c, reduction=self.reduction, hidden=self.hidden)
+        k = m if self.descriptors is None else self.descriptors
+        checks.at_least('descriptors', k, 1)
+        if not self.reconstruct:
+            for name in ('normalization', 'zero_init'):
+                if getattr(self, name):
+                    raise ValueError(f'{name} is of the output projection: set reconstruct, too')
+            if self.residual and m != c:
+                raise ValueError(
+                    f'a hidden width of {m} cannot be added to {c} channels: set reconstruct, '
+                    f'or residual=False, or reduction 1'
+                )
+        return m, k
+
+    def _out(self, z: jax.Array, c: int, train: bool) -> jax.Array:
+        """The output projection and its norm."""
+        zero_out = self.zero_init and self.normalization is None
+        z = Dense(
+            c,
+            use_bias=self.use_bias,
+            kernel_init=initializers.zeros if zero_out else torch_kernel,
+            bias_init=initializers.zeros if zero_out else None,
+            param_dtype=self.param_dtype,
+            name='out',
+        )(z)
+        if self.normalization is None:
+            return z
+        return BatchNorm(
+            scale_init=initializers.zeros if self.zero_init else initializers.ones,
+            param_dtype=self.param_dtype,
+            name='norm',
+        )(z, train=train)
+
+    def _sow(self, gather: jax.Array, distribute: jax.Array) -> None:
+        def rows(y: jax.Array) -> jax.Array:
+            return flatten_positions(y, self.spatial_dims)
+
+        sow_map(self, lambda: jnp.swapaxes(rows(gather), -1, -2), 'gather_map')
+        sow_map(self, lambda: rows(distribute), 'distribute_map')
+        if self.association == 'pairwise':
+            sow_map(
+                self, lambda: _pairs(wanted_queries(rows(distribute)), rows(gather)), 'pair_map'
+            )
+
+
+def _softmax(logits: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    return jax.nn.softmax(logits.astype(statistics_type(logits.dtype)), axes)
+
+
+def _gathered(
+    feature: jax.Array, gather: jax.Array, distribute: jax.Array, spatial_dims: int
+) -> jax.Array:
+    """`V (B^T F)`, the positions on the axes that they have."""
+    axes = 'thw'[-spatial_dims:]
+    wide = statistics_type(feature.dtype)
+    cost.add('matmul', 2 * gather.size * feature.shape[-1])
+    g = jnp.einsum(
+        f'...{axes}k,...{axes}m->...km', gather, feature, preferred_element_type=wide
+    ).astype(feature.dtype)
+    return jnp.einsum(f'...{axes}k,...km->...{axes}m', distribute, g, preferred_element_type=wide)
+
+
+def _pairwise(
+    feature: jax.Array, gather: jax.Array, distribute: jax.Array, spatial_dims: int
+) -> jax.Array:
+    """`(V B^T) F`."""
+    rows, b, v = (flatten_positions(y, spatial_dims) for y in (feature, gather, distribute))
+    pairs = _pairs(v, b).astype(rows.dtype)
+    cost.add('matmul', pairs.size * (b.shape[-1] + rows.shape[-1]))
+    z = jnp.matmul(pairs, rows, preferred_element_type=statistics_type(rows.dtype))
+    return z.reshape(feature.shape)
+
+
+def _pairs(distribute: jax.Array, gather: jax.Array) -> jax.Array:
+    """`V B^T`, `[..., n, n]`."""
+    return jnp.einsum(
+        '...ik,...jk->...ij',
+        distribute,
+        gather,
+        preferred_element_type=statistics_type(gather.dtype),
+    )

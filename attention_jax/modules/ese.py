@@ -1,0 +1,91 @@
+"""Effective squeeze-and-excitation."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn import initializers
+
+from attention_jax import checks, functional
+from attention_jax.modules.layers import Dense, Dtype, gate, rescale, sow_map
+from attention_jax.registry import register_attention
+
+
+@register_attention(
+    'ese',
+    paper='CenterMask: Real-Time Anchor-Free Instance Segmentation',
+    arxiv='1911.06667',
+    year=2020,
+    family='channel',
+    complexity='N C + C^2',
+    variants={
+        'authors': {},
+        'timm_add_maxpool': {'squeeze': 'average_max'},
+        'sigmoid': {'gate': 'sigmoid'},
+    },
+    torch_names={'authors': {'fc.*': ('fc/*', 'o i 1 1 -> i o')}},
+)
+class EffectiveSqueezeExcite(nn.Module):
+    """Effective squeeze-and-excitation (eSE): one full layer from the means to the gates.
+
+    With x `[..., h, w, c]`::
+
+        y = mean_hw x                        [..., c]
+        g = gate(y W + b)                    [..., c]    W [c, c], gate: clip(v + 3, 0, 6) / 6
+        out = x * g
+
+    Nothing is reduced, so nothing is lost, at c^2 parameters. Where a gate saturates (|v| >= 3) its
+    gradient is exactly zero, and stays so.
+
+    Source: Lee, Park, "CenterMask", CVPR 2020, arXiv 1911.06667 (VoVNetV2); defaults from
+    youngwanLEE/vovnet-detectron2 vovnet/vovnet.py `eSEModule`, whose argument `reduction` does
+    nothing. W starts as in that network, normal of variance 2 / c, b as PyTorch's do. timm's
+    `EffectiveSEModule` is the same, with an option to add the maximum.
+
+    Attributes:
+        gate: 'hard_sigmoid' or 'sigmoid'.
+        squeeze: 'average', or 'average_max', half the mean plus half the maximum (timm). Ties of
+            the maximum share its gradient evenly.
+        use_bias: b.
+        dtype: type of the computation; None is the input's. The pool and the gate are float32.
+        param_dtype: type of the parameters.
+    """
+
+    gate: str = 'hard_sigmoid'
+    squeeze: str = 'average'
+    use_bias: bool = True
+    dtype: Dtype = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Gates the channels of x.
+
+        Args:
+            x: `[..., h, w, c]`.
+            train: changes nothing here.
+
+        Returns:
+            `[..., h, w, c]`.
+
+        Raises:
+            ValueError: an unknown name, or x with fewer than three axes.
+        """
+        checks.feature_map(x)
+        checks.choice('squeeze', self.squeeze, ('average', 'average_max'))
+        to_gate = gate(self.gate)
+        x = x.astype(self.dtype or x.dtype)
+
+        if self.squeeze == 'average':
+            y = functional.spatial_mean(x)
+        else:
+            y = 0.5 * sum(functional.spatial_mean_and_max(x))
+        v = Dense(
+            x.shape[-1],
+            use_bias=self.use_bias,
+            kernel_init=initializers.variance_scaling(2.0, 'fan_in', 'normal'),
+            param_dtype=self.param_dtype,
+            name='fc',
+        )(y)
+        g = to_gate(v)
+        sow_map(self, lambda: g)
+        return rescale(x, g)

@@ -1,0 +1,310 @@
+"""External attention: positions attend to a learned memory instead of to each other."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn import initializers
+
+from attention_jax import checks, functional
+from attention_jax.functional import cost
+from attention_jax.functional.normalization import statistics_type
+from attention_jax.modules.layers import (
+    BatchNorm,
+    Dense,
+    Dtype,
+    Initializer,
+    activation,
+    kaiming_fan_out,
+    sow_map,
+    torch_bias,
+)
+from attention_jax.registry import register_attention
+
+_PAPER = {
+    'paper': 'Beyond Self-attention: External Attention using Two Linear Layers for Visual Tasks',
+    'arxiv': '2105.02358',
+    'year': 2021,
+}
+_WEIGHTINGS = ('double', 'softmax')
+_CORE = {'projection': False, 'residual': False, 'activation': None, 'memory_tie': 'none'}
+
+
+@register_attention(
+    'external_attention',
+    **_PAPER,
+    family='positions',
+    complexity='N C (C + M)',
+    variants={
+        'authors': {},
+        'authors_tied': {'memory_tie': 'always'},
+        'xmu': {**_CORE, 'epsilon': 0.0},
+        'article': {**_CORE, 'weighting': 'softmax'},
+    },
+    torch_names={
+        'authors': {
+            'conv1.*': ('in_projection/*', 'o i 1 1 -> i o'),
+            'linear_0.*': ('memory_key/*', 'o i 1 -> i o'),
+            'linear_1.*': ('memory_value/*', 'o i 1 -> i o'),
+            'conv2.0.*': ('out_projection/*', 'o i 1 1 -> i o'),
+            'conv2.1.*': 'norm/*',
+        },
+        'xmu': {'mk.*': 'memory_key/*', 'mv.*': 'memory_value/*'},
+    },
+)
+class ExternalAttention(nn.Module):
+    """External attention: every position reads a memory of k units, in time linear in positions.
+
+    With the n positions of x `[..., h, w, c]`::
+
+        y = x Wi + bi                              [..., n, c]
+        l = y Mk                                   [..., n, k]    Mk [c, k]
+        S = softmax_n(l), A = S / (eps + sum_k S)  [..., n, k]    weighting: double
+        A = softmax_k(l)                                          weighting: softmax
+        y = norm(A Mv Wo)                          [..., n, c]    Mv [k, c]
+        out = act(y + x)
+
+    Without `projection` there are no Wi, bi, Wo and norm; `projection=False, residual=False,
+    activation=None` is the bare core. The double normalisation takes its softmax over positions,
+    so that each depends on the whole image, padding included; there bi is a constant of the softmax
+    and has no gradient. Wi Mk and Mv Wo are multiplied first, as nothing stands between them.
+
+    Source: Guo, Liu, Mu, Hu, "Beyond Self-attention: External Attention using Two Linear Layers for
+    Visual Tasks", arXiv 2105.02358, eq. 5-7; defaults from the authors' code (MenghaoGuo/EANet
+    model_torch.py, `External_attention`). There both memories are one storage until the model moves
+    to a device: as trained, they start equal and part at once (`memory_tie='init'`); the paper
+    speaks of two. Collections have the core alone, with independent memories and eps 0, which gives
+    NaN at a position whose weights all underflow. One softmax over the memory is an article's
+    suggestion; the paper reports that the scale of the features calls for both normalisations. Wi,
+    Wo and the memories start normal of variance 2 / c, bi as PyTorch's; without projection the
+    memories start N(0, 0.001^2), as in the collection.
+
+    Attributes:
+        memory_size: k.
+        weighting: 'double' or 'softmax'.
+        memory_tie: 'init', Mv starts as the transpose of Mk; 'always', it is that; 'none'.
+        projection: Wi, bi, Wo and the norm.
+        residual: adds x.
+        activation: of the sum: 'relu', 'silu', 'gelu', 'tanh', 'identity' or None.
+        epsilon: eps.
+        norm_momentum: of the norm, in Flax's sense (1 - PyTorch's).
+        norm_eps: of the norm.
+        dtype: type of the computation; None is the input's. Logits and weights are float32.
+        param_dtype: type of the parameters.
+    """
+
+    memory_size: int = 64
+    weighting: str = 'double'
+    memory_tie: str = 'init'
+    projection: bool = True
+    residual: bool = True
+    activation: str | None = 'relu'
+    epsilon: float = 1e-9
+    norm_momentum: float = 0.9
+    norm_eps: float = 1e-5
+    dtype: Dtype = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Reads the memory at each position.
+
+        Args:
+            x: `[..., h, w, c]`.
+            train: uses the batch's statistics in the norm.
+
+        Returns:
+            `[..., h, w, c]`.
+
+        Raises:
+            ValueError: an unknown name, a number out of range, or x with fewer than three axes.
+        """
+        checks.feature_map(x)
+        checks.at_least('memory_size', self.memory_size, 1)
+        checks.choice('weighting', self.weighting, _WEIGHTINGS)
+        checks.choice('memory_tie', self.memory_tie, ('init', 'always', 'none'))
+        checks.at_least('epsilon', self.epsilon, 0)
+        act = activation('identity' if self.activation is None else self.activation)
+        c, k = x.shape[-1], self.memory_size
+        x = x.astype(self.dtype or x.dtype)
+        weights_of = functools.partial(_Weights, param_dtype=self.param_dtype)
+        memory_init = initializers.normal(math.sqrt(2 / c) if self.projection else 0.001)
+
+        key, bias = weights_of((c, k), memory_init, name='memory_key')()
+        if self.memory_tie == 'always':
+            value = key.T
+        else:
+            init = memory_init if self.memory_tie == 'none' else lambda *_: key.T
+            value, _ = weights_of((k, c), init, name='memory_value')()
+        if self.projection:
+            # Nothing stands between a projection and its memory: their product takes the place of
+            # both, so that no array of n by c numbers lies in between.
+            inner, bias = weights_of((c, c), kaiming_fan_out, torch_bias(c), name='in_projection')()
+            outer, _ = weights_of((c, c), kaiming_fan_out, name='out_projection')()
+            key, bias, value = inner @ key, bias @ key, value @ outer
+            cost.add('macs', 2 * x.size * c)
+
+        logits = _logits(x, key, bias)
+        weights = _normalized(logits, (-3, -2), self.weighting, self.epsilon)
+        sow_map(self, lambda: weights.reshape(*x.shape[:-3], -1, k))
+        y = functional.dense(weights.astype(x.dtype), value.astype(x.dtype))
+        if self.projection:
+            y = BatchNorm(
+                momentum=self.norm_momentum,
+                epsilon=self.norm_eps,
+                param_dtype=self.param_dtype,
+                name='norm',
+            )(y, train=train)
+        return act(y + x if self.residual else y)
+
+
+@register_attention(
+    'multihead_external_attention',
+    **_PAPER,
+    family='positions',
+    complexity='N C (C + M)',
+    variants={'authors': {}, 'eamlp_7': {'heads': 4}},
+    torch_names={
+        'authors': {
+            'trans_dims.*': 'in_projection/*',
+            'linear_0.*': 'memory_key/*',
+            'linear_1.*': 'memory_value/*',
+            'proj.*': 'out_projection/*',
+        }
+    },
+)
+class MultiHeadExternalAttention(nn.Module):
+    """Multi-head external attention: all heads read one memory of k units.
+
+    With the n positions of x `[..., h, w, c]`, f the expansion, H = heads f and e = c / heads::
+
+        y = x Wi + bi                              [..., n, f c] as [..., H, n, e]
+        l = y Mk + bk                              [..., H, n, k]    Mk [e, k], of all heads
+        S = softmax_n(l), A = S / (eps + sum_k S)  [..., H, n, k]    weighting: double
+        A = softmax_k(l)                                             weighting: softmax
+        y = drop(A) Mv + bv                        [..., H, n, e]    Mv [k, e]
+        out = drop(y Wo + bo)                      [..., n, c]       Wo [f c, c]
+
+    No residual and no norm: the block around it has them. Under 'double' bi and bk are constants of
+    a softmax over positions and have no gradient. The weights are f k heads / c times as large as
+    x: where memory is short, wrap the module in `flax.linen.remat`.
+
+    Source: Guo, Liu, Mu, Hu, "Beyond Self-attention: External Attention using Two Linear Layers for
+    Visual Tasks", arXiv 2105.02358, section 3.3; defaults from the authors' code (MenghaoGuo/EANet
+    multi_head_attention_torch.py, `Attention`, that of their EAMLP), whose arguments for a bias
+    of the projections and a scale do nothing. Kernels start N(0, 0.02^2) and biases 0, as in EAMLP.
+
+    Attributes:
+        heads: heads before the expansion; they divide the channels.
+        expansion: f.
+        memory_size: k; None is 256 / expansion.
+        weighting: 'double' or 'softmax'.
+        attention_dropout_rate: share of the weights taken out in training.
+        dropout_rate: share of the outputs taken out in training.
+        epsilon: eps.
+        dtype: type of the computation; None is the input's. Logits and weights are float32.
+        param_dtype: type of the parameters.
+    """
+
+    heads: int = 8
+    expansion: int = 4
+    memory_size: int | None = None
+    weighting: str = 'double'
+    attention_dropout_rate: float = 0.0
+    dropout_rate: float = 0.0
+    epsilon: float = 1e-9
+    dtype: Dtype = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Reads the memory at each position, with every head.
+
+        Args:
+            x: `[..., h, w, c]`.
+            train: uses dropout (random stream 'dropout') where a rate is not 0.
+
+        Returns:
+            `[..., h, w, c]`.
+
+        Raises:
+            ValueError: an unknown name, a number out of range, heads that do not divide the
+                channels, or x with fewer than three axes.
+        """
+        checks.feature_map(x)
+        checks.choice('weighting', self.weighting, _WEIGHTINGS)
+        checks.at_least('epsilon', self.epsilon, 0)
+        checks.rate('attention_dropout_rate', self.attention_dropout_rate)
+        checks.rate('dropout_rate', self.dropout_rate)
+        c = x.shape[-1]
+        checks.divides('heads', self.heads, 'the channels', c)
+        checks.at_least('expansion', self.expansion, 1)
+        k = self.memory_size
+        if k is None:
+            checks.divides('expansion', self.expansion, 'the memory of all heads,', 256)
+            k = 256 // self.expansion
+        checks.at_least('memory_size', k, 1)
+        x = x.astype(self.dtype or x.dtype)
+        init = initializers.normal(0.02)
+        dense = functools.partial(
+            Dense, kernel_init=init, bias_init=initializers.zeros, param_dtype=self.param_dtype
+        )
+
+        y = dense(c * self.expansion, name='in_projection')(x)
+        # Heads behind the positions, where they are: nothing is transposed.
+        y = y.reshape(*x.shape[:-1], self.heads * self.expansion, c // self.heads)
+        key = _Weights(
+            (c // self.heads, k), init, initializers.zeros, self.param_dtype, name='memory_key'
+        )
+        weights = _normalized(_logits(y, *key()), (-4, -3), self.weighting, self.epsilon)
+        sow_map(
+            self,
+            lambda: weights.reshape(*x.shape[:-3], -1, *weights.shape[-2:]).swapaxes(-3, -2),
+        )
+        drop = functools.partial(nn.Dropout, deterministic=not train)
+        weights = drop(self.attention_dropout_rate)(weights.astype(x.dtype))
+        y = dense(c // self.heads, name='memory_value')(weights)
+        y = dense(c, name='out_projection')(y.reshape(*x.shape[:-1], -1))
+        return drop(self.dropout_rate)(y)
+
+
+class _Weights(nn.Module):
+    """The kernel of a linear layer and its bias (None without `bias_init`), not yet applied."""
+
+    shape: tuple[int, int]
+    kernel_init: Initializer
+    bias_init: Initializer | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
+        kernel = self.param('kernel', self.kernel_init, self.shape, self.param_dtype)
+        if self.bias_init is None:
+            return kernel, None
+        return kernel, self.param('bias', self.bias_init, self.shape[1:], self.param_dtype)
+
+
+def _logits(x: jax.Array, key: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """`x key + bias`, `[..., k]`, in float32 or float64."""
+    cost.add('macs', x.size * key.shape[1])
+    wide = statistics_type(x.dtype)
+    logits = jnp.einsum('...c,ck->...k', x, key.astype(x.dtype), preferred_element_type=wide)
+    if bias is None:
+        return logits
+    return logits + bias.astype(wide).reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
+def _normalized(
+    logits: jax.Array, positions: tuple[int, int], weighting: str, epsilon: float
+) -> jax.Array:
+    """Weights of the memory's units; `positions` are the axes of height and width.
+
+    The sum over units is divided by as it is, not in the logarithm: where it underflows, epsilon is
+    part of the function.
+    """
+    if weighting == 'softmax':
+        return jax.nn.softmax(logits)
+    weights = jax.nn.softmax(logits, axis=positions)
+    return weights / (epsilon + weights.sum(-1, keepdims=True))

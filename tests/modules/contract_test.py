@@ -1,0 +1,310 @@
+"""What every registered mechanism promises, in every published variant."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx, traverse_util
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import attention_jax
+from attention_jax import registry
+from tests import helpers
+
+NAMES = attention_jax.list_attention()
+VARIANTS = [
+    (name, variant)
+    for name in NAMES
+    for variant, arguments in {'default': {}, **registry.attention_entry(name).variants}.items()
+    if arguments or variant == 'default'
+]
+
+# Parameters and MACs at [1, 56, 56, 256] with default arguments, counted from the equations.
+COUNTS = {
+    'bam': (17_361, 27_354_112),
+    'cam': (1, 411_041_792),
+    'cbam': (8_564, 323_712),
+    'cbam_channel': (8_464, 16_384),
+    'cbam_spatial': (100, 307_328),
+    'cgnl': (102_912, 321_929_216),
+    'criss_cross': (82_241, 716_111_872),
+    'cross_layer_non_local': (33_280, 732_168_192),
+    'danet_head': (378_449, 1_918_529_536),
+    'double_attention': (65_984, 231_211_008),
+    'downsampled_self_attention': (82_240, 4_705_568),
+    'eca': (3, 768),
+    'ese': (65_792, 65_536),
+    'external_attention': (164_608, 513_802_240),
+    'gc': (8_753, 1_613_824),
+    'gsop': (230_784, 154_337_280),
+    'isqrt_cov': (66_048, 612_368_384),
+    'multihead_external_attention': (529_760, 2_055_208_960),
+    'non_local': (132_224, 886_308_864),
+    'pam': (82_241, 3_089_235_968),
+    'pyramid_self_attention': (591_616, 5_611_382_784),
+    'qkv': (82_241, 3_089_235_968),
+    'se': (8_464, 8_192),
+    'self_attention': (82_241, 3_089_235_968),
+    'sk': (62_528, 115_630_080),
+    'split_attention': (690_048, 1_849_786_368),
+    'triplet': (300, 3_117_184),
+}
+
+# Parameters whose gradient is exactly zero in evaluation: a constant added to a softmax's logits.
+# An entry of one variant wins over that of its mechanism.
+ZERO_GRADIENTS = {
+    'criss_cross': ('key/bias',),
+    'danet_head': ('position/key/bias',),
+    'double_attention': ('gather/bias',),
+    'double_attention/double_atten': ('gather/bias', 'distribute/bias'),
+    'downsampled_self_attention': ('key/bias',),
+    'external_attention': ('in_projection/bias',),
+    'gc': ('mask/bias',),
+    'multihead_external_attention': ('in_projection/bias', 'memory_key/bias'),
+    'pam': ('key/bias',),
+    'pyramid_self_attention': tuple(
+        f'level_{i}/{layer}/bias' for i in range(4) for layer in ('key', 'key_norm')
+    ),
+    'qkv': ('key/bias',),
+    'qkv/channel': (),
+    'qkv/cosine_sigmoid': (),
+    'qkv/mlp': (),
+    'self_attention': ('key/bias',),
+}
+
+# Error of bfloat16 relative to the largest entry, where it may be above 0.06: logits that are sums
+# over all positions, in a softmax that is nearly one-hot.
+HALF_ERROR = {'qkv/channel': 0.2}
+
+# What must be given.
+REQUIRED = {'danet_head': {'num_classes': 21}, 'pyramid_self_attention': {'images': 1}}
+
+# What takes further maps: it is given x itself.
+TAKES_CONTEXT = ('cross_layer_non_local',)
+
+
+class OnItself(nn.Module):
+    """A mechanism that takes a further map, given the one it is called with."""
+
+    inner: nn.Module
+
+    def setup(self):
+        nn.share_scope(self, self.inner)
+
+    def __call__(self, x, *, train=False):
+        return self.inner(x, x, train=train)
+
+
+def build(name, variant='default', **more):
+    variants = {'default': {}, **registry.attention_entry(name).variants}
+    arguments = {**REQUIRED.get(name, {}), **variants[variant], **more}
+    module = attention_jax.create_attention(name, **arguments)
+    return OnItself(module) if name in TAKES_CONTEXT else module
+
+
+def joined(out):
+    """Several outputs of one map as one array."""
+    return jnp.concatenate(out, -1) if isinstance(out, tuple) else out
+
+
+def example(name, variant='default', batch=2):
+    spatial = {1: (12,), 2: (16, 8), 3: (4, 16, 8)}[
+        getattr(build(name, variant), 'spatial_dims', 2)
+    ]
+    # Examples lie about a mean and its opposite in turn: no ReLU behind a pool is dead for all.
+    sign = (-1.0) ** np.arange(batch).reshape(batch, *[1] * (len(spatial) + 1))
+    x = sign * helpers.array((64,), 2) + helpers.array((batch, *spatial, 64))
+    return jnp.asarray(x, jnp.float32)
+
+
+def leaves(tree):
+    return traverse_util.flatten_dict(tree, sep='/')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_mechanism_says_what_it_is(name):
+    entry = registry.attention_entry(name)
+    assert entry.paper
+    assert 2015 <= entry.year <= 2026
+    assert entry.family in ('channel', 'spatial', 'mixed', 'positions', 'block')
+    assert getattr(attention_jax, entry.cls.__name__) is entry.cls
+    assert entry.cls.__doc__.count('Attributes:') == 1
+    fields = registry.fields(entry.cls)
+    assert {'dtype', 'param_dtype'} <= set(fields)
+    documented = entry.cls.__doc__.split('Attributes:')[1]
+    for field in fields:
+        assert field == 'name' or f'{field}' in documented, f'{field} is not documented'
+
+
+def test_every_mechanism_has_its_counts():
+    assert set(COUNTS) == set(NAMES)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_counts(name):
+    x = jax.ShapeDtypeStruct((1, 56, 56, 256), jnp.float32)
+    module = build(name)
+    with attention_jax.functional.cost.tally() as counts:
+        variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), x)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables.get('params', {})))
+    assert (parameters, counts['macs'] + counts['matmul']) == COUNTS[name]
+
+
+@pytest.mark.parametrize(('name', 'variant'), VARIANTS)
+def test_variant(name, variant):
+    """Shape and type kept, jit = eager, gradients finite and felt by every parameter, bfloat16."""
+    entry, module, x = registry.attention_entry(name), build(name, variant), example(name, variant)
+    fresh = jax.eval_shape(module.init, jax.random.key(0), x)
+    assert set(fresh) <= {'params', 'batch_stats', 'spectral'}
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(fresh))
+    variables = jax.tree.map(jnp.asarray, helpers.random_variables(module, x, dtype=np.float32))
+    if entry.identity_at_init and variant == 'default':
+        fresh_output = jax.jit(lambda x: module.init_with_output(jax.random.key(0), x)[0])
+        np.testing.assert_allclose(fresh_output(x), x, atol=1e-6)
+
+    @jax.jit
+    def run(variables, x):
+        def loss(params, x):
+            out = joined(module.apply({**variables, 'params': params}, x))
+            cotangent = jax.random.normal(jax.random.key(1), out.shape)
+            return (out.astype(jnp.float32) * cotangent).sum(), out
+
+        (_, out), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+            variables.get('params', {}), x
+        )
+        return out, *grads
+
+    zero = ZERO_GRADIENTS.get(f'{name}/{variant}', ZERO_GRADIENTS.get(name, ()))
+    out, by_params, by_x = run(variables, x)
+    assert out.dtype == x.dtype
+    if entry.preserves_shape:
+        assert out.shape == x.shape
+    helpers.assert_close(out, joined(module.apply(variables, x)), 1e-5, 'jit and eager')
+    assert np.isfinite(by_x).all()
+    for path, gradient in leaves(by_params).items():
+        assert np.isfinite(gradient).all(), path
+        size = np.abs(gradient).max()
+        if path in zero:
+            assert size < 1e-4, f'{path} is listed as having no gradient'
+        else:
+            assert size > 1e-7, f'{path} has no gradient'
+
+    half, half_params, half_x = run(variables, x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    scale = np.abs(out).max()
+    allowed = HALF_ERROR.get(f'{name}/{variant}', 0.06) * scale
+    assert np.abs(np.asarray(half, np.float32) - out).max() < allowed
+    for leaf in jax.tree.leaves((half_params, half_x)):
+        assert np.isfinite(np.asarray(leaf, np.float32)).all()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_batch_axes(name):
+    """A batch of one, further leading axes and vmap all see each example alone in evaluation."""
+    module, x = build(name), example(name)
+    variables = jax.tree.map(jnp.asarray, helpers.random_variables(module, x, dtype=np.float32))
+    apply = jax.jit(lambda x: joined(module.apply(variables, x)))
+    out = apply(x)
+    helpers.assert_close(jnp.concatenate([apply(x[:1]), apply(x[1:])]), out, 1e-5, 'batch of one')
+    helpers.assert_close(apply(x[:, None])[:, 0], out, 1e-5, 'leading axes')
+    helpers.assert_close(jax.vmap(apply)(x[:, None])[:, 0], out, 1e-5, 'vmap')
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_numerics(name, dtype):
+    """Finite values and gradients far from scale 1, on constant, single-row and 1x1 maps."""
+    module = build(name)
+    x = example(name, batch=1)
+    variables = jax.tree.map(jnp.asarray, helpers.random_variables(module, x, dtype=np.float32))
+
+    @jax.jit
+    def run(x):
+        return jax.value_and_grad(
+            lambda v, x: joined(module.apply(v, x)).astype(jnp.float32).mean(), argnums=(0, 1)
+        )(variables, x)
+
+    for case in (x * 1e3, x * 1e-3, jnp.full_like(x, 3.0), jnp.zeros_like(x)):
+        for leaf in jax.tree.leaves(run(case.astype(dtype))):
+            assert np.isfinite(np.asarray(leaf, np.float32)).all()
+    small = x[..., :1, :, :] if dtype == jnp.float32 else x[..., :1, :1, :]
+    try:
+        result = run(small.astype(dtype))
+    except ValueError as error:
+        assert 'x' in str(error) or 'pool_size' in str(error)  # noqa: PT017
+    else:
+        for leaf in jax.tree.leaves(result):
+            assert np.isfinite(np.asarray(leaf, np.float32)).all()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_maps_only_on_request(name):
+    entry, module, x = registry.attention_entry(name), build(name), example(name)
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    assert 'attention_maps' not in variables
+    apply = functools.partial(module.apply, mutable=['attention_maps'])
+    _, sown = jax.eval_shape(apply, variables, x)
+    assert bool(jax.tree.leaves(sown)) == entry.has_map
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_no_device_gathers_the_batch(name):
+    """On eight devices forward and gradient keep each example where it is."""
+    module = build(name)
+    x = example(name, batch=8)
+    variables = helpers.random_variables(module, x, dtype=np.float32)
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec('data'))
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def loss(params, x):
+        out, _ = module.apply(
+            {**variables, 'params': params},
+            x,
+            train=True,
+            mutable=['batch_stats', 'spectral'],
+            rngs={'dropout': jax.random.key(0)},
+        )
+        return jnp.square(joined(out)).sum()
+
+    with jax.set_mesh(mesh):
+        compiled = (
+            jax.jit(
+                jax.grad(loss, argnums=(0, 1)),
+                in_shardings=(replicated, sharding),
+                out_shardings=(replicated, sharding),
+            )
+            .lower(variables.get('params', {}), x)
+            .compile()
+        )
+    text = compiled.as_text()
+    gathered = [line for line in text.splitlines() if ' all-gather(' in line]
+    assert not [line for line in gathered if f'[{x.shape[0]},' in line.split('all-gather(')[0]]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_one_training_step_through_nnx(name):
+    import optax
+
+    x = example(name)
+    model = nnx.bridge.ToNNX(build(name), rngs=nnx.Rngs(0, dropout=1))
+    nnx.bridge.lazy_init(model, x)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        def loss(model):
+            out = model(x, train=True, mutable=['batch_stats', 'spectral'])
+            return jnp.square(joined(out)).mean()
+
+        value, gradients = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradients)
+        return value
+
+    first = step(model, optimizer, x)
+    assert np.isfinite(first)
+    if jax.tree.leaves(nnx.state(model, nnx.Param)):
+        assert step(model, optimizer, x) != first
