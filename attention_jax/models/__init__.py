@@ -1,0 +1,6 @@
+"""Networks; importing this package registers them all."""
+
+from attention_jax.models import resnets  # noqa: F401
+from attention_jax.models.resnet import ResNet
+
+__all__ = ['ResNet']

@@ -1,0 +1,65 @@
+import pytest
+
+import attention_jax
+from attention_jax import registry
+from attention_jax.models import placement
+
+DEEP = (3, 4, 6, 3)
+
+
+def blocks(text, depths=DEEP):
+    parsed = placement.parse(text, depths)
+    return parsed.where, [sorted(b) for b in parsed.blocks]
+
+
+@pytest.mark.parametrize(
+    ('text', 'where', 'expected'),
+    [
+        ('branch', 'branch', [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [0, 1, 2]]),
+        ('branch@2+4', 'branch', [[], [0, 1, 2, 3], [], [0, 1, 2]]),
+        ('after_block@2:1,3+3:1,3,5', 'after_block', [[], [1, 3], [1, 3, 5], []]),
+        ('stage', 'stage', [[2], [3], [5], []]),
+        ('stage@4', 'stage', [[], [], [], [2]]),
+        ('last_block', 'branch', [[2], [3], [5], [2]]),
+    ],
+)
+def test_text(text, where, expected):
+    assert blocks(text) == (where, expected)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'block', 'depths', 'expected'),
+    [
+        ('branch_but_first', 'bottleneck', DEEP, 'branch@2+3+4'),
+        ('branch_but_first', 'basic', (3, 3, 3), 'branch@2+3'),
+        ('inserted', 'bottleneck', DEEP, 'after_block@2:1,3+3:1,3,5'),
+        ('inserted', 'bottleneck', (3, 4, 23, 3), 'after_block@2:1,3+3:6,13,20'),
+        ('inserted', 'basic', (2, 2, 2, 2), 'after_block@3:1'),
+        ('inserted', 'basic', (3, 3, 3), 'after_block@2:2'),
+        ('inserted_before', 'bottleneck', DEEP, 'before_block@3:5'),
+        ('inserted_before', 'basic', (3, 3, 3), 'after_block@2:2'),
+        ('stage', 'basic', (3, 3, 3), 'stage'),
+    ],
+)
+def test_defaults(kind, block, depths, expected):
+    entry = registry.AttentionEntry('x', None, 'paper', 2020, 'channel', placement=kind)
+    assert placement.default(entry, depths, block) == expected
+
+
+def test_a_head_has_no_place():
+    entry = registry.AttentionEntry('x', None, 'paper', 2020, 'channel', placement='none')
+    with pytest.raises(ValueError, match='no place inside a backbone'):
+        placement.default(entry, DEEP, 'bottleneck')
+
+
+@pytest.mark.parametrize('where', [w for w in placement.WHERE if w not in ('conv1', 'conv2')])
+def test_every_place_takes_a_gate(where):
+    import jax
+    import jax.numpy as jnp
+
+    model = attention_jax.create_model(
+        'resnet26', attention='se', placement=where, attention_args={'reduction': 1}
+    )
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    names = ['/'.join(p.key for p in path) for path, _ in jax.tree.leaves_with_path(variables)]
+    assert any('attention' in name for name in names)
