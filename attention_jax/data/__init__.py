@@ -1,0 +1,17 @@
+"""Data: sources of labelled pictures and the batches made of them.
+
+Stands alone: nothing here imports the rest of the package, and importing it loads neither
+TFDS, grain nor scikit-learn; the functions do when they are called.
+"""
+
+from attention_jax.data.loader import EvalBatches, eval_batches, train_batches
+from attention_jax.data.sources import Description, Source, source
+
+__all__ = [
+    'Description',
+    'EvalBatches',
+    'Source',
+    'eval_batches',
+    'source',
+    'train_batches',
+]

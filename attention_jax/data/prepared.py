@@ -1,0 +1,144 @@
+"""Finds a TFDS data set that is prepared on this machine, or says in one line what to do.
+
+Nothing here needs TensorFlow, downloads or builds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import os
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from attention_jax.data import transforms
+
+
+def open_builder(name: str, data_dir: str | None) -> Any:
+    """The TFDS builder of data that is there, or a ValueError that says what to do."""
+    import tensorflow_datasets as tfds
+
+    if data_dir is not None:
+        data_dir = os.path.expanduser(os.fspath(data_dir))
+        if not os.path.isdir(data_dir):
+            raise ValueError(
+                f'data.data_dir {data_dir!r} is not a directory; {_how_to_prepare(name, data_dir)}'
+            )
+    try:
+        with quiet():
+            builder = tfds.builder(name, data_dir=data_dir)
+    except ImportError:  # its builder needs more than reading does, so it was not prepared here
+        raise ValueError(_not_prepared(name, data_dir)) from None
+    except tfds.core.DatasetNotFoundError:
+        close = ' or '.join(map(repr, _similar(base_name(name))))
+        hint = f'did you mean {close}?' if close else 'none is similar'
+        raise ValueError(
+            f"data.name {name!r} is neither 'digits' nor a TFDS data set; {hint} "
+            '(https://www.tensorflow.org/datasets/catalog lists them)'
+        ) from None
+    except (ValueError, AssertionError, RuntimeError) as error:  # a config or version not there
+        reason = 'TFDS says: ' + str(error).strip().splitlines()[0].strip()
+        if '/' in name:
+            with contextlib.suppress(ValueError):  # not even the form of a name
+                configs = ', '.join(tfds.builder_cls(base_name(name)).builder_configs) or 'none'
+                reason = f'the configurations of {base_name(name)!r} are: {configs}'
+        raise ValueError(f'data.name {name!r} cannot be opened; {reason}') from error
+    if not builder.info.splits:
+        raise ValueError(_not_prepared(name, _data_dir(builder, name), builder))
+    file_format = builder.info.file_format.value
+    if file_format != 'array_record':
+        raise ValueError(
+            f'{name!r} in {os.fspath(builder.data_path)!r} is stored as {file_format}, which has '
+            f'no random access without TensorFlow; '
+            f'{_how_to_prepare(name, _data_dir(builder, name), " --overwrite")}'
+        )
+    return builder
+
+
+def _similar(name: str) -> list[str]:
+    """Names that may have been meant: spelt alike, or beginning with what was given."""
+    import tensorflow_datasets as tfds
+
+    known = ['digits', *tfds.list_builders(with_community_datasets=False)]
+    name = name.lower()
+    close = difflib.get_close_matches(name, known, n=3)
+    longer = [other for other in known if other.startswith(name) and other not in close]
+    return close + longer[:3]
+
+
+def base_name(name: str) -> str:
+    """The name without config and version: 'emnist' of 'emnist/letters:3.1.0'."""
+    return name.split('/')[0].split(':')[0]
+
+
+def _data_dir(builder: Any, name: str) -> str:
+    """The `data_dir` in which the builder looks: above name, configuration and version."""
+    path = os.fspath(builder.data_path)
+    base = base_name(name)
+    while os.path.basename(path) != base and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    return os.path.dirname(path)
+
+
+def _not_prepared(name: str, data_dir: str | None, builder: Any = None) -> str:
+    where = f'data.data_dir {data_dir!r}' if data_dir else "TFDS's default directory"
+    manual = ''
+    if getattr(builder, 'MANUAL_DOWNLOAD_INSTRUCTIONS', None):
+        manual = (
+            'put the files that https://www.tensorflow.org/datasets/catalog/'
+            f'{base_name(name)} names into downloads/manual there, then '
+        )
+    return f'{name!r} is not prepared in {where}; {manual}{_how_to_prepare(name, data_dir)}'
+
+
+def _how_to_prepare(name: str, data_dir: str | None, extra: str = '') -> str:
+    where = f' --data_dir={shlex.quote(data_dir)}' if data_dir else ''
+    return (
+        "prepare it once: pip install 'attention_jax[prepare]' && "
+        f'tfds build {shlex.quote(name)}{where} --file_format=array_record{extra}'
+    )
+
+
+def image_and_label(name: str, features: Any) -> tuple[Any, Any]:
+    """The features `image` and `label`, checked."""
+    import tensorflow_datasets as tfds
+
+    # A tuple or a single feature has no keys; what it is says enough.
+    keys = list(features.keys()) if hasattr(features, 'keys') else [type(features).__name__]
+    if 'image' not in keys or 'label' not in keys:
+        raise ValueError(
+            f'data.name {name!r} has the features {", ".join(keys)}; classification needs '
+            "'image' and 'label'"
+        )
+    image, label = features['image'], features['label']
+    if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
+        raise ValueError(
+            f'data.name {name!r}: its label is a {type(label).__name__}, and classification '
+            'needs a ClassLabel'
+        )
+    shape = tuple(image.shape)
+    channels = transforms.CHANNELS
+    if len(shape) != 3 or shape[-1] not in channels or image.np_dtype != np.uint8:
+        raise ValueError(
+            f'data.name {name!r}: its images are {np.dtype(image.np_dtype)} {shape}, and uint8 '
+            f'(h, w, c) with c one of {channels} is needed'
+        )
+    return image, label
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back TFDS's warnings (OpenCV, folders without data): our errors say what matters."""
+    from absl import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
