@@ -1,0 +1,106 @@
+"""Optimisers and schedules of the learning rate."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from attention_jax import checks
+
+
+def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns the optimiser of `config.optimizer`.
+
+    `sgd` is PyTorch's: the (clipped) gradient plus `weight_decay` times the parameter goes through
+    the momentum, and the rate multiplies the result. `adamw` decays apart from the gradient.
+
+    Args:
+        config: the group `optimizer`.
+        schedule: update number -> learning rate; see `make_schedule`.
+
+    Raises:
+        ValueError: a key has a value that is not allowed.
+    """
+    checks.choice('optimizer.name', config.name, ('sgd', 'adamw'))
+    checks.choice('optimizer.decay_mask', config.decay_mask, ('none', 'norms_and_biases'))
+    checks.at_least('optimizer.learning_rate', config.learning_rate, 0)
+    checks.at_least('optimizer.weight_decay', config.weight_decay, 0)
+    checks.at_least('optimizer.clip_norm', config.clip_norm, 0)
+    checks.at_least('optimizer.accumulate', config.accumulate, 1)
+    if not 0 <= config.momentum < 1:
+        raise ValueError(f'optimizer.momentum must be in 0 to 1, 1 excluded, got {config.momentum}')
+
+    mask = decay_mask if config.decay_mask == 'norms_and_biases' else None
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    if config.name == 'sgd':
+        if config.weight_decay:
+            parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+        if config.momentum:
+            parts.append(optax.trace(config.momentum, config.nesterov))
+        parts.append(optax.scale_by_learning_rate(schedule))
+    else:
+        decay = config.weight_decay
+        parts.append(optax.adamw(schedule, b1=config.momentum, weight_decay=decay, mask=mask))
+    optimizer = optax.chain(*parts)
+    if config.accumulate > 1:
+        return optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
+    return optimizer
+
+
+def decay_mask(params: Any) -> Any:
+    """Returns a tree of True for what decays: arrays of two axes and more, biases apart."""
+
+    def decays(path: tuple[Any, ...], x: jax.Array) -> bool:
+        return x.ndim > 1 and getattr(path[-1], 'key', None) != 'bias'
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_schedule(
+    config: ConfigDict, learning_rate: float, *, steps: int, steps_per_epoch: float
+) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of updates done.
+
+    After a linear warm-up from 0 over `warmup_epochs`, the rate is that of the named schedule at
+    the same point of the run: `cosine` falls from `learning_rate` at the end of the warm-up to 0
+    after `steps`; `steps` multiplies it by `factor` at each of `boundaries`, fractions of the whole
+    run; `constant` keeps it.
+
+    Args:
+        config: the group `schedule`.
+        learning_rate: at the top.
+        steps: updates of the whole run.
+        steps_per_epoch: updates of one epoch.
+
+    Raises:
+        ValueError: a key has a value that is not allowed.
+    """
+    checks.choice('schedule.name', config.name, ('cosine', 'steps', 'constant'))
+    checks.at_least('schedule.warmup_epochs', config.warmup_epochs, 0)
+    boundaries = tuple(config.boundaries)
+    if not all(0 < b < 1 for b in boundaries) or sorted(set(boundaries)) != list(boundaries):
+        raise ValueError(
+            f'schedule.boundaries {boundaries} must be rising fractions of the run, '
+            'between 0 and 1: 0.5 is the middle'
+        )
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if warmup >= steps:
+        raise ValueError(
+            f'schedule.warmup_epochs {config.warmup_epochs} must be shorter than the run of '
+            f'{steps / steps_per_epoch:.4g} epochs'
+        )
+
+    def schedule(update: jax.typing.ArrayLike) -> jax.Array:
+        update = jnp.asarray(update, jnp.float32)
+        rate = learning_rate * (jnp.minimum(update / warmup, 1.0) if warmup else jnp.ones(()))
+        if config.name == 'cosine':
+            done = jnp.clip((update - warmup) / (steps - warmup), 0.0, 1.0)
+            rate *= (1 + jnp.cos(jnp.pi * done)) / 2
+        elif config.name == 'steps':
+            for boundary in boundaries:
+                rate *= jnp.where(update >= round(boundary * steps), config.factor, 1.0)
+        return rate
+
+    return schedule

@@ -1,0 +1,100 @@
+"""One step of training and of evaluation: pure functions of state and batch, and their jits."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from attention_jax.tasks import Batch, Sums, Task
+from attention_jax.training import sharding
+from attention_jax.training.state import State
+
+TrainStep = Callable[[State, Batch], tuple[State, dict[str, Any]]]
+EvalStep = Callable[[Mapping[str, Any], Batch], Sums]
+
+
+def make_train_step(
+    task: Task, optimizer: optax.GradientTransformation, *, ema_decay: float = 0.0
+) -> TrainStep:
+    """Returns `train_step(state, batch) -> state, {'sums': the task's, 'grad_norm': []}`.
+
+    Args:
+        task: network, loss and sums.
+        optimizer: see `optimizer.make_optimizer`.
+        ema_decay: of the moving average, where the state keeps one.
+    """
+
+    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
+        rngs = {'dropout': jax.random.fold_in(state.rng, state.step)}
+
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[dict[str, Any], Sums]]:
+            outputs, collections = task.model.apply(
+                {'params': params, **state.collections},
+                task.inputs(batch),
+                train=True,
+                mutable=list(state.collections),
+                rngs=rngs,
+            )
+            loss, sums = task.loss(outputs, batch)
+            return loss, (dict(collections), sums)
+
+        grads, (collections, sums) = jax.grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = _moving_average(ema, {'params': params, **collections}, ema_decay)
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            collections=collections,
+            opt_state=opt_state,
+            ema=ema,
+        )
+        return state, {'sums': sums, 'grad_norm': optax.tree.norm(grads)}
+
+    return train_step
+
+
+def make_eval_step(task: Task) -> EvalStep:
+    """Returns `eval_step(variables, batch) -> sums` over the examples that the mask counts."""
+
+    def eval_step(variables: Mapping[str, Any], batch: Batch) -> Sums:
+        return task.sums(task.model.apply(variables, task.inputs(batch)), batch)
+
+    return eval_step
+
+
+def jit_train_step(train_step: TrainStep, abstract: State, mesh: Mesh) -> Any:
+    """Returns the jitted step on `mesh`; it takes the state's memory for the new state.
+
+    To compile it without data, for devices that need not be there:
+    `jit_train_step(step, abstract, mesh).lower(abstract, task.abstract_batch(size)).compile()`.
+
+    Args:
+        train_step: see `make_train_step`.
+        abstract: see `state.abstract_state`.
+        mesh: see `sharding.make_mesh`.
+    """
+    state = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(
+        train_step,
+        in_shardings=(state, sharding.batch_sharding(mesh)),
+        out_shardings=(state, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def jit_eval_step(eval_step: EvalStep, mesh: Mesh) -> Any:
+    """Returns the jitted evaluation step on `mesh`, for arrays that lie there."""
+    return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
+
+
+def _moving_average(average: Any, new: Any, decay: float) -> Any:
+    def mix(a: jax.Array, x: jax.Array) -> jax.Array:
+        return a + (1 - decay) * (x - a) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(mix, average, new)

@@ -1,0 +1,96 @@
+"""The work directory: which run it belongs to, and what is written there at the start."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from attention_jax import checks
+from attention_jax.training import metrics
+
+# What load(workdir) and a prediction need to know of the dataset, kept beside the config.
+_DATASET = ('name', 'image_shape', 'num_classes', 'class_names', 'mean', 'std')
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises a ValueError for a value of the group `train` that is not allowed."""
+    settings = config.train
+    checks.choice('train.compute_dtype', settings.compute_dtype, ('float32', 'bfloat16'))
+    for key in ('epochs', 'batch_size', 'eval_every', 'log_every'):
+        checks.at_least(f'train.{key}', settings[key], 1)
+    for key in ('steps', 'seed', 'checkpoint_every'):
+        checks.at_least(f'train.{key}', settings[key], 0)
+    for key in ('label_smoothing', 'ema_decay'):
+        if not 0 <= settings[key] < 1:
+            raise ValueError(f'train.{key} must be in 0 to 1, 1 excluded, got {settings[key]}')
+
+
+def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
+    """Returns the config of a work directory; its group `dataset` tells what the data were.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = pathlib.Path(workdir) / 'config.json'
+    if not path.is_file():
+        raise ValueError(f'workdir {workdir} holds no run: it has no {path.name}')
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def refuse_another_config(
+    config: ConfigDict, workdir: pathlib.Path, keys: tuple[str, ...] = ('',)
+) -> None:
+    """Raises a ValueError with the differences if `workdir` was trained with another config.
+
+    Args:
+        config: the one asked for.
+        workdir: may be missing.
+        keys: compare only dotted keys that start with one of these.
+    """
+    if not (workdir / 'config.json').is_file():
+        return
+    there = _flatten(read_config(workdir).to_dict())
+    here = _flatten(json.loads(config.to_json_best_effort()))
+    different = [
+        f'{key} is {json.dumps(there.get(key))} there and {json.dumps(here.get(key))} here'
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+        and key.startswith(keys)
+        and not key.startswith('dataset.')
+    ]
+    if different:
+        raise ValueError(
+            f'workdir {workdir} belongs to another config: {"; ".join(different)}. '
+            'Choose another with --workdir'
+        )
+
+
+def write_description(
+    workdir: pathlib.Path, config: ConfigDict, description: Any, table: str
+) -> None:
+    """Writes config.json, with the dataset's description, and parameters.txt.
+
+    Args:
+        workdir: work directory.
+        config: the resolved config.
+        description: the dataset's, as `attention_jax.data` gives it.
+        table: of parameters.
+    """
+    dataset = {key: getattr(description, key) for key in _DATASET}
+    resolved = json.loads(config.to_json_best_effort()) | {'dataset': dataset}
+    metrics.write_text(workdir / 'config.json', json.dumps(resolved, indent=2) + '\n')
+    metrics.write_text(workdir / 'parameters.txt', table + '\n')
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Returns dotted key -> value; tuples are lists, as in JSON."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f'{prefix}{key}.')
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,1 @@
+"""Studies: one file each, `get_config(arg)` with the dataset as argument."""

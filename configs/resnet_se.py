@@ -1,0 +1,24 @@
+"""ResNet with squeeze-and-excitation (arXiv 1709.01507).
+
+    python train.py --config configs/resnet_se.py
+    python train.py --config configs/resnet_se.py:cifar10 --config.data.data_dir=DIR
+    python train.py --config configs/resnet_se.py:imagenet2012 --config.data.data_dir=DIR
+
+`imagenet2012`: the paper's 100 epochs, batch 1024, rate 0.6 times 0.1 after each 30 epochs. Its
+augmentation by rotation and pixel jitter is left out.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(arg: str = 'digits') -> ConfigDict:
+    config = base.get_config(arg)
+    if arg == 'imagenet2012':
+        config.model.name = 'se_resnet50'
+        config.optimizer.learning_rate = 0.6
+        config.train.batch_size = 1024
+    else:
+        config.model.attention = 'se'
+    return config

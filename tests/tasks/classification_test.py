@@ -1,0 +1,94 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention_jax.data import Description
+from attention_jax.tasks import classification, create_task
+from configs import base
+
+DESCRIPTION = Description(
+    name='made up',
+    image_shape=(8, 8, 3),
+    num_classes=4,
+    class_names=('a', 'b', 'c', 'd'),
+    splits={'train': 5},
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2, 0.25, 0.5),
+    flip=False,
+)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_inputs_are_normalised_by_channel():
+    image = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    task = create_task(base.get_config(), DESCRIPTION)
+    expected = (image / 255 - np.array(DESCRIPTION.mean)) / np.array(DESCRIPTION.std)
+    result = task.inputs({'image': jnp.asarray(image)})
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_loss_is_smoothed_cross_entropy_in_float32(smoothing):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, 4))
+    label = np.array([0, 3, 2, 1, 1])
+    target = (1 - smoothing) * np.eye(4)[label] + smoothing / 4
+    each = -(target * log_softmax(logits)).sum(-1)
+    batch = {'label': jnp.asarray(label)}
+    mean, sums = classification.loss(jnp.asarray(logits), batch, label_smoothing=smoothing)
+    np.testing.assert_allclose(mean, each.mean(), rtol=1e-6)
+    np.testing.assert_allclose(sums['loss'], each.sum(), rtol=1e-6)
+    assert sums['correct'] == (logits.argmax(-1) == label).sum()
+    low, _ = classification.loss(
+        jnp.asarray(logits, jnp.bfloat16), batch, label_smoothing=smoothing
+    )
+    assert low.dtype == jnp.float32
+
+
+def test_evaluation_counts_each_example_once_whatever_the_padding():
+    rng = np.random.default_rng(1)
+    logits, label = rng.normal(size=(5, 4)).astype(np.float32), np.array([0, 3, 2, 1, 1])
+    whole = classification.sums(logits, {'label': label, 'mask': np.ones(5)})
+    padded_logits = np.concatenate([logits, np.full((3, 4), np.nan, np.float32)])
+    padded = classification.sums(
+        padded_logits,
+        {'label': np.concatenate([label, [0, 0, 0]]), 'mask': np.repeat([1.0, 0.0], [5, 3])},
+    )
+    assert padded['count'] == 5
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, padded)
+    metrics = classification.metrics({'loss': 6.0, 'correct': 3, 'count': 4})
+    assert metrics == {'loss': 1.5, 'accuracy': 0.75}
+
+
+def test_abstract_batch_is_what_the_loader_gives():
+    task = create_task(base.get_config(), DESCRIPTION)
+    assert set(task.abstract_batch(6)) == {'image', 'label'}
+    batch = task.abstract_batch(6, train=False)
+    assert (batch['image'].shape, batch['image'].dtype) == ((6, 8, 8, 3), jnp.uint8)
+    assert (batch['mask'].shape, batch['mask'].dtype) == ((6,), jnp.float32)
+
+
+def test_model_is_the_configs():
+    config = base.get_config()
+    config.model.attention = 'se'
+    config.model.attention_args = {'reduction': 4}
+    config.model.arguments = {'zero_init_last': True}
+    model = classification.build_model(config, 10)
+    assert (model.attention, model.num_classes, model.zero_init_last) == ('se', 10, True)
+    assert model.attention_args == {'reduction': 4}
+    config.model.num_classes = 3
+    config.train.compute_dtype = 'bfloat16'
+    model = classification.build_model(config, 10)
+    assert (model.num_classes, model.dtype) == (3, jnp.bfloat16)
+
+
+def test_unknown_task_is_refused():
+    config = base.get_config()
+    config.task = 'segmentation'
+    with pytest.raises(ValueError, match="task 'segmentation' is unknown: use one of 'classif"):
+        create_task(config, DESCRIPTION)

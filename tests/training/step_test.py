@@ -1,0 +1,142 @@
+"""The step on one device and on eight, and what each option changes."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from attention_jax import data
+from attention_jax.tasks import create_task
+from attention_jax.training import sharding
+from attention_jax.training.optimizer import make_optimizer
+from attention_jax.training.state import State, abstract_state, create_state, make_init
+from attention_jax.training.step import (
+    jit_eval_step,
+    jit_train_step,
+    make_eval_step,
+    make_train_step,
+)
+from configs import base
+
+
+def plain_sgd(**settings: Any) -> ConfigDict:
+    """A config whose update is minus the gradient."""
+    config = base.get_config('digits')
+    config.train.batch_size = 16
+    config.optimizer.update({'momentum': 0.0, 'nesterov': False, 'weight_decay': 0.0})
+    config.train.update(settings)
+    return config
+
+
+@functools.cache
+def batch_of_digits() -> dict[str, np.ndarray]:
+    config = plain_sgd()
+    source = data.source(config.data, 'train')
+    batches = data.train_batches(source, config.data, batch_size=16, seed=0)
+    batch = next(batches)
+    batches.close()
+    return batch
+
+
+def one_step(config: ConfigDict, devices: int, fsdp: int = 1, steps: int = 1) -> tuple[Any, ...]:
+    """The state before, the state after, and what the step gave."""
+    source = data.source(config.data, 'train')
+    task = create_task(config, source.description)
+    optimizer = make_optimizer(config.optimizer, lambda step: 1.0)
+    mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
+    inputs = jax.eval_shape(task.inputs, task.abstract_batch(16))
+    init = make_init(task.model, optimizer, inputs, ema=config.train.ema_decay > 0)
+    abstract = abstract_state(init, mesh)
+    with jax.set_mesh(mesh):
+        state = create_state(init, abstract, seed=0)
+        before = jax.device_get((state.params, state.collections))
+        step = make_train_step(task, optimizer, ema_decay=config.train.ema_decay)
+        step = jit_train_step(step, abstract, mesh)
+        batch = sharding.global_batch(mesh, batch_of_digits())
+        for _ in range(steps):
+            state, outputs = step(state, batch)
+        eval_step = jit_eval_step(make_eval_step(task), mesh)
+        mask = sharding.global_batch(mesh, {'mask': np.repeat(np.float32([1, 0]), [11, 5])})
+        sums = eval_step(state.variables, batch | mask)
+    return before, state, outputs, sums
+
+
+@functools.cache
+def on_one_device() -> tuple[Any, ...]:
+    return one_step(plain_sgd(), 1)
+
+
+@pytest.mark.parametrize('fsdp', [1, 4])
+def test_one_and_eight_devices_agree(fsdp):
+    before, one, outputs_one, sums_one = on_one_device()
+    _, eight, outputs_eight, sums_eight = one_step(plain_sgd(), 8, fsdp)
+
+    def close(a: Any, b: Any) -> None:
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+    close(outputs_one['sums']['loss'] / 16, outputs_eight['sums']['loss'] / 16)
+    close(outputs_one['grad_norm'], outputs_eight['grad_norm'])
+    # The update is minus the gradient.
+    jax.tree.map(
+        lambda p, a, b: close(p - np.asarray(a), p - np.asarray(b)),
+        before[0],
+        one.params,
+        eight.params,
+    )
+    jax.tree.map(close, one.collections, eight.collections)
+    moved = jax.tree.map(lambda p, a: np.abs(p - a).max(), before[1], one.collections)
+    assert min(jax.tree.leaves(moved)) > 1e-4
+    assert sums_eight['count'] == 11
+    close(sums_one['loss'], sums_eight['loss'])
+
+    kernel = eight.params['stage3_block0']['conv2']['kernel']
+    assert kernel.shape == (3, 3, 64, 64)
+    shard = kernel.addressable_shards[0].data
+    assert shard.shape == (3, 3, 64, 64 // fsdp)
+    assert eight.params['head']['bias'].sharding.is_fully_replicated
+
+
+def test_the_initial_state_does_not_depend_on_the_devices():
+    one, eight = on_one_device()[0], one_step(plain_sgd(), 8, 4)[0]
+    jax.tree.map(np.testing.assert_array_equal, one, eight)
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32():
+    _, _, exact, _ = on_one_device()
+    _, state, outputs, _ = one_step(plain_sgd(compute_dtype='bfloat16'), 1)
+    for leaf in jax.tree.leaves((state.params, state.collections, outputs['sums']['loss'])):
+        assert leaf.dtype == jnp.float32
+    loss, low = exact['sums']['loss'], outputs['sums']['loss']
+    assert loss != low
+    np.testing.assert_allclose(loss, low, rtol=0.02)
+
+
+def test_moving_average_is_evaluated():
+    before, state, _, sums = one_step(plain_sgd(ema_decay=0.75), 1)
+    new = {'params': state.params, **state.collections}
+    old = {'params': before[0], **before[1]}
+    expected = jax.tree.map(lambda a, x: 0.75 * a + 0.25 * x, old, new)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), expected, state.ema
+    )
+    assert sums['loss'] != on_one_device()[3]['loss']
+    one_step(plain_sgd(ema_decay=0.75), 1, steps=2)  # each buffer is donated once
+
+
+def test_step_compiles_from_shapes_alone():
+    config = plain_sgd()
+    description = data.source(config.data, 'train').description
+    task = create_task(config, description)
+    optimizer = make_optimizer(config.optimizer, lambda step: 1.0)
+    mesh = sharding.make_mesh()
+    inputs = jax.eval_shape(task.inputs, task.abstract_batch(16))
+    abstract = abstract_state(make_init(task.model, optimizer, inputs, ema=False), mesh)
+    assert isinstance(abstract, State)
+    step = jit_train_step(make_train_step(task, optimizer), abstract, mesh)
+    with jax.set_mesh(mesh):
+        compiled = step.lower(abstract, task.abstract_batch(16)).compile()
+    assert 'all-reduce' in compiled.as_text()
