@@ -1,0 +1,256 @@
+"""The README's table of mechanisms.
+
+Everything in it but the passes is computed from the registry and the modules. The passes are read
+from programs compiled for a TPU, which takes minutes and libtpu: they are measured on request, and
+else kept as the README has them.
+"""
+
+import inspect
+import math
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from attention_jax import registry
+from attention_jax.analysis import compiled, tables
+
+SHAPE = (1, 56, 56, 256)  # of what is counted, float32
+PASSES_SHAPE = (128, 56, 56, 256)  # of what is compiled for a TPU, bfloat16
+BEGIN, END = '<!-- mechanisms: begin -->', '<!-- mechanisms: end -->'
+NOT_MEASURED = '- (not measured)'
+
+_COLUMNS = (
+    'name',
+    'paper',
+    'parameters',
+    'MACs',
+    'memory (MB)',
+    'complexity',
+    'passes',
+    'file',
+)
+_ALIGNMENT = ('---', '---', '---:', '---:', '---:', '---', '---', '---')
+
+_LEGEND = """\
+Default arguments, or those beside the name. Parameters, multiply-accumulates and memory are of a
+map [1, 56, 56, 256] in float32. Memory: temporaries of forward and gradient (by input and
+parameters, evaluation mode), as XLA compiles them for a CPU; input, output, parameters and their
+gradients come on top. Passes: bytes that the compiled program for one TPU v5e moves, over the bytes
+of its input [128, 56, 56, 256] in bfloat16, forward and gradient in training mode; a copy makes 2;
+\\* counts the body of a loop once. Complexity: N = H W positions, C channels, r `reduction`,
+k `kernel_size`, g `groups`, d `hidden`, M units of memory or positions of the other map, R `radix`
+or `recurrence`, s `pool_size`."""
+
+
+def table(
+    names: Sequence[str] | None = None,
+    passes: Mapping[str, str] | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> str:
+    """Writes the table of mechanisms in Markdown.
+
+    Args:
+        names: registry names; None is every mechanism.
+        passes: name -> what stands in the column of passes, see `read_passes`.
+        progress: is told each name before its row is computed.
+
+    Returns:
+        The table with its legend, between the two lines that mark it.
+
+    Raises:
+        ValueError: a name is not registered.
+    """
+    rows = []
+    for name in registry.list_attention() if names is None else names:
+        progress(name)
+        cells = row(name)
+        memory = f'{peak_memory(name) / 1e6:.1f}'
+        rows.append(
+            [*cells[:4], memory, cells[4], (passes or {}).get(name, NOT_MEASURED), cells[5]]
+        )
+    lines = ['| ' + ' | '.join(cells) + ' |' for cells in (_COLUMNS, _ALIGNMENT, *rows)]
+    return '\n'.join([BEGIN, *lines, '', _LEGEND, END])
+
+
+def row(name: str) -> list[str]:
+    """The cells of a mechanism that need no compiler.
+
+    Args:
+        name: registry name.
+
+    Returns:
+        Name, paper, parameters, MACs, complexity, file.
+    """
+    entry, module, arguments = registry.attention_entry(name), *example(name, SHAPE)
+    counts = tables.costs(module, *[SHAPE] * inputs(module))
+    given = ', '.join(f'{key}={value}' for key, value in arguments.items())
+    title = f'[{entry.paper}](https://arxiv.org/abs/{entry.arxiv})' if entry.arxiv else entry.paper
+    path = entry.cls.__module__.replace('.', '/') + '.py'
+    return [
+        f'`{name}` ({given})' if given else f'`{name}`',
+        f'{title}, {entry.year}',
+        f'{counts["parameters"]:,}',
+        f'{counts["macs"] + counts["matmul"]:,}',
+        entry.complexity.replace('^2', '²').replace('^3', '³').replace('^4', '⁴'),
+        f'[{pathlib.PurePath(path).name}]({path})',
+    ]
+
+
+def peak_memory(name: str) -> int:
+    """Bytes of temporaries of a mechanism's forward and gradient, compiled for a CPU.
+
+    Args:
+        name: registry name; its input is `SHAPE` in float32, its mode evaluation.
+    """
+    module, _ = example(name, SHAPE)
+    xs = (jax.ShapeDtypeStruct(SHAPE, jnp.float32),) * inputs(module)
+    variables = dict(jax.eval_shape(module.init, jax.random.key(0), *xs))
+    params = variables.pop('params', {})
+    out = jax.eval_shape(module.apply, {'params': params, **variables}, *xs)
+
+    def forward_and_gradient(params: Any, rest: Any, xs: Any, cotangent: Any) -> Any:
+        run = lambda params, xs: module.apply({'params': params, **rest}, *xs)  # noqa: E731
+        out, pullback = jax.vjp(run, params, xs)
+        return out, pullback(cotangent)
+
+    program = jax.jit(forward_and_gradient).lower(params, variables, xs, out)
+    return program.compile().memory_analysis().temp_size_in_bytes
+
+
+def example(name: str, shape: Sequence[int]) -> tuple[nn.Module, dict[str, Any]]:
+    """Builds a mechanism that runs at a shape, as near to its defaults as it can be.
+
+    Args:
+        name: registry name.
+        shape: of its input, `[b, h, w, c]`.
+
+    Returns:
+        The module, and its arguments that are not the defaults.
+    """
+    side = math.gcd(*shape[-3:-1])
+    arguments: dict[str, Any] = {}
+    if name == 'danet_head':
+        arguments['num_classes'] = 21
+    if name == 'pyramid_self_attention':
+        arguments['images'] = 1  # the default is two pictures side by side
+        if side % 8:
+            arguments['scales'] = tuple(r for r in (1, 2, 4) if side % r == 0)
+    if name == 'downsampled_self_attention' and side % 8:
+        arguments['pool_size'] = math.gcd(side, 4)
+    return registry.create_attention(name, **arguments), arguments
+
+
+def inputs(module: nn.Module) -> int:
+    """Number of maps that a mechanism takes: x, and what it cannot be called without."""
+    parameters = inspect.signature(type(module).__call__).parameters.values()
+    needed = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    return len(needed) - 1  # without self
+
+
+# Passes.
+
+
+def measure_passes(name: str, timeout: float | None = None) -> str:
+    """Compiles a mechanism for one TPU v5e, forward and gradient, and counts its passes.
+
+    Args:
+        name: registry name.
+        timeout: seconds; None waits for ever.
+
+    Returns:
+        'forward, gradient', such as '3.0, 4.0', with a star where a loop's body is counted once; or
+        a dash with the reason why there are none.
+
+    Raises:
+        ValueError: libtpu is not installed.
+    """
+    module, arguments = example(name, PASSES_SHAPE)
+    job = {'name': name, 'shape': list(PASSES_SHAPE), 'arguments': arguments}
+    job['inputs'] = inputs(module)
+    try:
+        reports = compiled.compile_modules([job, {**job, 'vjp': True}], timeout=timeout)
+    except RuntimeError as error:
+        found = re.findall(r'^\w*(?:Error|Exception): .*', str(error), re.MULTILINE)
+        return f'- ({_reason(found[-1] if found else str(error))})'
+    if failed := [report['error'] for report in reports if 'error' in report]:
+        return f'- ({_reason(failed[0])})'
+    return ', '.join(f'{r["passes"]:.1f}{"*" if r["loops"] else ""}' for r in reports)
+
+
+def _reason(error: str) -> str:
+    """An error in few words, with nothing that ends a cell."""
+    text = ' '.join(error.replace('|', '/').split())
+    return text if len(text) <= 80 else text[:77] + '...'
+
+
+def read_passes(text: str) -> dict[str, str]:
+    """Reads the column of passes of the table in a Markdown text.
+
+    Args:
+        text: with or without a table.
+
+    Returns:
+        Name -> cell, without the mechanisms that were not measured.
+    """
+    column = _COLUMNS.index('passes')
+    found = {name: cells[column] for name, cells in read_rows(text).items()}
+    return {name: cell for name, cell in found.items() if cell != NOT_MEASURED}
+
+
+# The file that holds the table.
+
+
+def read_rows(text: str) -> dict[str, list[str]]:
+    """Reads the table in a Markdown text: name -> the cells of its row."""
+    match = re.search(f'{BEGIN}(.*?){END}', text, re.DOTALL)
+    rows = {}
+    for line in match[1].splitlines() if match else ():
+        cells = [cell.strip() for cell in line.strip('|').split('|')]
+        if line.startswith('| `') and len(cells) == len(_COLUMNS):
+            rows[re.match('`(.*?)`', cells[0])[1]] = cells
+    return rows
+
+
+def update(path: pathlib.Path, new: str) -> None:
+    """Puts a table in the place of the one in a file; the file is never half written.
+
+    Args:
+        path: a Markdown file with the two lines that mark the place.
+        new: see `table`.
+
+    Raises:
+        ValueError: there is no such file, or it has no such place.
+    """
+    text = read(path)
+    check_place(path, text)
+    text = re.sub(f'{BEGIN}.*?{END}', lambda match: new, text, flags=re.DOTALL)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix='.table')
+    with os.fdopen(handle, 'w', encoding='utf-8') as file:
+        file.write(text)
+    os.chmod(temporary, path.stat().st_mode)
+    os.replace(temporary, path)
+
+
+def read(path: pathlib.Path) -> str:
+    """The text of a file; a ValueError where there is none."""
+    if not path.is_file():
+        raise ValueError(f'{path}: there is no such file')
+    return path.read_text(encoding='utf-8')
+
+
+def check_place(path: pathlib.Path, text: str) -> None:
+    """Raises a ValueError unless a file's text has one place for the table."""
+    if len(re.findall(f'{BEGIN}.*?{END}', text, re.DOTALL)) != 1:
+        raise ValueError(f'{path} must have one place for the table: a line {BEGIN}, a line {END}')
+
+
+def choose(names: Collection[str] | None) -> list[str]:
+    """Checks registry names; none given is every mechanism."""
+    return [registry.attention_entry(name).name for name in names or registry.list_attention()]
