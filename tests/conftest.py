@@ -6,8 +6,8 @@ import pathlib
 # For the processes that tests start, too: no search for a TPU where libtpu is installed.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['TPU_SKIP_MDS_QUERY'] = '1'
-# Most of the time of a test is compilation, and half of that is optimising code that runs once.
-os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=1'
+# Most of the time of a test is compilation, and much of that is optimising code that runs once.
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
 
 import jax
 import pytest

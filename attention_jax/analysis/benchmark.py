@@ -34,6 +34,9 @@ FORMS = pathlib.Path(__file__).resolve().parents[2] / 'benchmarks' / 'torch_form
 
 # Largest difference from PyTorch, relative to the largest entry, that counts as equal.
 _TOLERANCE = {'float32': 1e-3, 'bfloat16': 0.1}
+# Cores that others may use meanwhile. PyTorch's threads wait for each other actively: where one of
+# them is not scheduled, a call takes milliseconds that it would not take alone.
+_OTHERS = 0.2
 _SECONDS = 0.02  # that the calls of one sample take at the least
 
 
@@ -66,8 +69,9 @@ def measure(
         `name`, `shape`, `dtype`, `arguments`; `ours` and `torch` (None where there is none), with
         `forward` and `forward_backward`: `median`, `low`, `high` (quartiles) in milliseconds, and
         `calls` a sample; `ours` with `compile_seconds`, `torch` with `source` and `difference` from
-        ours; `ratio`, our median over PyTorch's (None where there is none, or where the two are not
-        equal); `note`; and `load`, the machine's.
+        ours; `ratio`, our median over PyTorch's (None where there is none, where the two are not
+        equal, or where the machine was busy); `others`, the number of cores that other processes
+        kept busy meanwhile (None where the system does not tell); and `note`.
 
     Raises:
         ValueError: an unknown name, a shape that is not one, or another bad argument.
@@ -132,7 +136,7 @@ def environment() -> dict[str, Any]:
             for name in packages
             if importlib.util.find_spec(name)
         },
-        'load': _load(),
+        'load': round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None,
         'alone': alone,
     }
 
@@ -161,7 +165,7 @@ def _row(
         needed['dropout_rate'] = 0.0
     module = registry.create_attention(mechanism, **{**chosen, **needed})
     row = {'name': name, 'shape': list(shape), 'dtype': dtype, 'arguments': {**chosen, **needed}}
-    blank = {'ours': None, 'torch': None, 'ratio': None, 'note': ''}
+    blank = {'ours': None, 'torch': None, 'ratio': None, 'others': None, 'note': ''}
     xs = tuple(_array(f'x{i}', shape) for i in range(mechanism_table.inputs(module)))
     try:
         variables = _random_variables(module, xs)
@@ -169,7 +173,7 @@ def _row(
         return {**row, **blank, 'note': str(error)}
 
     ours = _Ours(module, variables, [jnp.asarray(x, dtype) for x in xs])
-    torch, note = None, ''
+    torch, notes = None, []
     if forms:
         torch = forms.create(
             name,
@@ -187,7 +191,8 @@ def _row(
         sides['torch'] = torch
         difference = _difference(ours.values(), torch.values())
         if not difference <= _TOLERANCE[dtype]:
-            note = f'differs from PyTorch by {difference:.1e}, so no ratio'
+            notes.append(f'differs from PyTorch by {difference:.1e}')
+    clock = _Clock()
     times = _alternate(
         {
             (side, what): getattr(program, what)
@@ -196,6 +201,9 @@ def _row(
         },
         repeats,
     )
+    others = clock.others()
+    if others is not None and others > _OTHERS:
+        notes.append(f'other processes used {others:.1f} cores')
     found = {
         side: {what: times[side, what] for what in ('forward', 'forward_backward')}
         for side in sides
@@ -204,12 +212,12 @@ def _row(
     ratio = None
     if torch:
         found['torch'] |= {'source': torch.source, 'difference': difference}
-        if not note:
+        if not notes:
             ratio = {
                 what: times['ours', what]['median'] / times['torch', what]['median']
                 for what in ('forward', 'forward_backward')
             }
-    return {**row, **blank, **found, 'ratio': ratio, 'note': note, 'load': _load()}
+    return {**row, **blank, **found, 'ratio': ratio, 'others': others, 'note': '; '.join(notes)}
 
 
 class _Ours:
@@ -337,9 +345,28 @@ def _has_affinity() -> bool:
     return hasattr(os, 'sched_setaffinity')
 
 
-def _load() -> float | None:
-    """Mean number of processes that ran or waited in the last minute."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
+class _Clock:
+    """Watches what other processes do while this one measures."""
+
+    def __init__(self) -> None:
+        self.started, self.busy, self.own = time.perf_counter(), _busy(), time.process_time()
+
+    def others(self) -> float | None:
+        """Number of cores that others kept busy since the start, on average."""
+        if self.busy is None:
+            return None
+        others = _busy() - self.busy - (time.process_time() - self.own)
+        # The kernel counts in hundredths of a second.
+        return round(max(others - 0.02, 0) / (time.perf_counter() - self.started), 2)
+
+
+def _busy() -> float | None:
+    """Seconds that all cores worked since the machine started, or the host kept them from it."""
+    path = pathlib.Path('/proc/stat')
+    if not path.is_file():
+        return None
+    user, nice, system, _, _, irq, softirq, steal = map(int, path.read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf('SC_CLK_TCK')
 
 
 def _cpu() -> str:

@@ -129,7 +129,8 @@ def compile_modules(
         jobs: for each program a dict: `name` (registry name), `shape` of its input over all chips,
             and, where they are not the defaults, `dtype` ('bfloat16'), `arguments` ({}), `train`
             (True: batch statistics), `vjp` (False: forward; True: gradients by parameters and
-            input from a cotangent, with what of the forward they need).
+            inputs from a cotangent, with what of the forward they need), `inputs` (1: how many
+            maps of that shape it takes).
         device: see `parse_device`; the batch is split over the chips, parameters are on each.
         timeout: seconds for all of them; None waits for ever.
 
@@ -432,27 +433,33 @@ def _module_report(job: Mapping[str, Any], device: str) -> dict[str, Any]:
     x = jax.ShapeDtypeStruct(
         shape, job.get('dtype', 'bfloat16'), sharding=sharding.batch_sharding(mesh)
     )
-    variables = dict(jax.eval_shape(module.init, jax.random.key(0), x))
+    xs = (x,) * job.get('inputs', 1)
+    variables = dict(jax.eval_shape(module.init, jax.random.key(0), *xs))
     variables = sharding.with_sharding(mesh, variables)
     params = variables.pop('params', {})
 
-    def forward(params: Any, rest: Any, x: jax.Array) -> Any:
+    def forward(params: Any, rest: Any, xs: Sequence[jax.Array]) -> Any:
         rngs = {'dropout': jax.random.key(0)}
         variables = {'params': params, **rest}
-        return module.apply(variables, x, train=train, mutable=list(rest), rngs=rngs)
+        return module.apply(variables, *xs, train=train, mutable=list(rest), rngs=rngs)
 
-    def vjp(params: Any, rest: Any, x: jax.Array, cotangent: jax.Array) -> Any:
+    def vjp(params: Any, rest: Any, xs: Sequence[jax.Array], cotangent: Any) -> Any:
         run = functools.partial(jax.vjp, has_aux=True)
-        _, backward, rest = run(lambda params, x: forward(params, rest, x), params, x)
+        _, backward, rest = run(lambda params, xs: forward(params, rest, xs), params, xs)
         return backward(cotangent), rest
 
     if job.get('vjp', False):
         with jax.set_mesh(mesh):
-            y, _ = jax.eval_shape(forward, params, variables, x)
-        y = jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=sharding.batch_sharding(mesh))
-        program, arguments = jax.jit(vjp), (params, variables, x, y)
+            y, _ = jax.eval_shape(forward, params, variables, xs)
+        y = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=sharding.batch_sharding(mesh)
+            ),
+            y,
+        )
+        program, arguments = jax.jit(vjp), (params, variables, xs, y)
     else:
-        program, arguments = jax.jit(forward), (params, variables, x)
+        program, arguments = jax.jit(forward), (params, variables, xs)
     report = _compile(program, arguments, mesh, shape[0])
     return {
         'name': job['name'],

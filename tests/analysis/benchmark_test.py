@@ -11,6 +11,12 @@ SHAPE = (2, 4, 4, 16)
 TIMM = ['cbam/timm', 'gc/timm', 'non_local/timm']
 
 
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """A machine that does nothing else, whatever it does."""
+    monkeypatch.setattr(benchmark, '_busy', lambda: None)
+
+
 @pytest.fixture
 def alone(monkeypatch, tmp_path):
     """A place without PyTorch forms."""
@@ -35,6 +41,14 @@ def test_programs_alternate(monkeypatch):
     assert all(t['calls'] == 1 and t['low'] <= t['median'] <= t['high'] for t in times.values())
 
 
+def test_a_busy_machine_is_noted(alone, monkeypatch):
+    seconds = iter([100.0, 10_000.0])
+    monkeypatch.setattr(benchmark, '_busy', lambda: next(seconds))
+    _, (row,) = measured('eca')
+    assert row['others'] > 1
+    assert row['note'] == f'other processes used {row["others"]:.1f} cores'
+
+
 def test_a_mechanism_alone(alone):
     machine, rows = measured('eca', 'se/timm')
     assert machine['alone']
@@ -47,6 +61,7 @@ def test_a_mechanism_alone(alone):
         assert row['torch'] is None
         assert row['ratio'] is None
         assert row['note'] == ''
+        assert row['others'] is None
         assert row['ours']['compile_seconds'] > 0
         for what in ('forward', 'forward_backward'):
             assert row['ours'][what]['median'] > 0
@@ -59,9 +74,12 @@ def test_what_a_mechanism_refuses_is_a_note(alone):
     assert 'x' in row['note']
 
 
-@pytest.mark.parametrize('error', [0.0, 0.5])
-def test_beside_another_form(monkeypatch, error):
-    """Its numbers are compared before the times are."""
+@pytest.mark.parametrize(('error', 'busy'), [(0.0, False), (0.5, False), (0.0, True)])
+def test_beside_another_form(monkeypatch, error, busy):
+    """Its numbers are compared before the times are; a busy machine gives no ratio."""
+    if busy:
+        seconds = iter([100.0, 10_000.0])
+        monkeypatch.setattr(benchmark, '_busy', lambda: next(seconds))
     module = registry.create_attention('eca')
 
     def create(name, variables, inputs, cotangents, arguments, **options):
@@ -79,9 +97,9 @@ def test_beside_another_form(monkeypatch, error):
     monkeypatch.setattr(benchmark, 'load_forms', lambda: types.SimpleNamespace(create=create))
     _, (row,) = measured('eca')
     assert row['torch']['source'] == 'plain'
-    if error:
+    if error or busy:
         assert row['ratio'] is None
-        assert row['note'].startswith('differs from PyTorch by ')
+        assert row['note'].startswith('other processes' if busy else 'differs from PyTorch by ')
     else:
         assert row['torch']['difference'] < 1e-6
         assert row['ratio']['forward'] > 1

@@ -18,7 +18,7 @@ from tests import helpers
 FOLDER = helpers.REFERENCE / 'networks'
 COUNTS = json.loads((FOLDER / 'counts.json').read_text())
 STORED = sorted(p.stem for p in FOLDER.glob('*.npz'))
-QUICK = ('cifar_resnet20', 'cifar_se_resnet20')
+QUICK = ('cifar_se_resnet20',)
 
 
 def counted(name, channels=3, **arguments):

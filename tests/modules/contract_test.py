@@ -16,11 +16,14 @@ from tests import helpers
 
 NAMES = attention_jax.list_attention()
 VARIANTS = [
-    (name, variant)
+    pytest.param(name, variant, marks=[pytest.mark.slow] if arguments else [])
     for name in NAMES
     for variant, arguments in {'default': {}, **registry.attention_entry(name).variants}.items()
     if arguments or variant == 'default'
 ]
+
+# Enough for the quick tests where every mechanism takes the same way; the slow ones run them all.
+IN_BRIEF = ('cbam', 'gc', 'non_local', 'se')
 
 # Parameters and MACs at [1, 56, 56, 256] with default arguments, counted from the equations.
 COUNTS = {
@@ -214,7 +217,7 @@ def test_batch_axes(name):
 
 
 @pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('dtype', [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_numerics(name, dtype):
     """Finite values and gradients far from scale 1, on constant, single-row and 1x1 maps."""
     module = build(name)
@@ -285,7 +288,9 @@ def test_no_device_gathers_the_batch(name):
     assert not [line for line in gathered if f'[{x.shape[0]},' in line.split('all-gather(')[0]]
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize(
+    'name', [n if n in IN_BRIEF else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_one_training_step_through_nnx(name):
     import optax
 

@@ -49,9 +49,8 @@ def test_training_changes_nothing():
     module = CrissCrossAttention()
     x = jnp.asarray(helpers.array((2, 3, 4, 16), dtype=np.float32))
     variables = helpers.random_variables(module, x, dtype=np.float32)
-    np.testing.assert_array_equal(
-        module.apply(variables, x, train=True), module.apply(variables, x)
-    )
+    apply = jax.jit(module.apply, static_argnames='train')
+    np.testing.assert_array_equal(apply(variables, x, train=True), apply(variables, x))
 
 
 @pytest.mark.parametrize('recurrence', [1, 2])
@@ -60,7 +59,8 @@ def test_two_passes_reach_every_position(recurrence):
     module = CrissCrossAttention(recurrence=recurrence)
     x = jnp.asarray(helpers.array((1, 3, 5, 8), dtype=np.float32))
     variables = helpers.random_variables(module, x, dtype=np.float32)
-    felt = np.abs(jax.grad(lambda x: module.apply(variables, x)[0, 1, 3].sum())(x)[0]).max(-1) > 0
+    gradient = jax.jit(jax.grad(lambda x: module.apply(variables, x)[0, 1, 3].sum()))(x)
+    felt = np.abs(gradient[0]).max(-1) > 0
     on_a_line = np.zeros((3, 5), bool)
     on_a_line[1], on_a_line[:, 3] = True, True
     np.testing.assert_array_equal(felt, on_a_line | (recurrence == 2))
@@ -70,9 +70,8 @@ def test_passes_share_their_parameters():
     once, twice = CrissCrossAttention(recurrence=1), CrissCrossAttention(recurrence=2)
     x = jnp.asarray(helpers.array((2, 3, 4, 8), dtype=np.float32))
     variables = helpers.random_variables(once, x, dtype=np.float32)
-    helpers.assert_close(
-        twice.apply(variables, x), once.apply(variables, once.apply(variables, x)), 1e-6
-    )
+    once, twice = (jax.jit(m.apply) for m in (once, twice))
+    helpers.assert_close(twice(variables, x), once(variables, once(variables, x)), 1e-6)
 
 
 @pytest.mark.parametrize('shape', [(2, 1, 6, 16), (2, 6, 1, 16)])
@@ -80,21 +79,24 @@ def test_on_one_line_it_is_self_attention(x64, shape):
     x = jnp.asarray(helpers.array(shape))
     module, other = CrissCrossAttention(recurrence=1), SelfAttention()
     variables = helpers.random_variables(module, x)
-    helpers.assert_close(module.apply(variables, x), other.apply(variables, x), 1e-12)
+    got, want = (jax.jit(m.apply)(variables, x) for m in (module, other))
+    helpers.assert_close(got, want, 1e-12)
 
 
 def test_fresh_it_is_the_identity_and_can_leave_it():
     module = CrissCrossAttention()
     x = jnp.asarray(helpers.array((1, 3, 4, 16), dtype=np.float32))
-    out, variables = module.init_with_output(jax.random.key(0), x)
+    out, variables = jax.jit(module.init_with_output)(jax.random.key(0), x)
     np.testing.assert_array_equal(out, x)
-    gradient = jax.grad(lambda p: (module.apply({'params': p}, x) ** 2).sum())(variables['params'])
+    gradient = jax.jit(jax.grad(lambda p: (module.apply({'params': p}, x) ** 2).sum()))(
+        variables['params']
+    )
     assert gradient['gamma'].any()
     assert not gradient['value']['kernel'].any()
 
 
 def test_maps():
-    x = jnp.asarray(helpers.array((2, 3, 4, 16), dtype=np.float32))
+    x = helpers.array((2, 3, 4, 16), dtype=np.float32)
     module = CrissCrossAttention()
     variables = helpers.random_variables(module, x, dtype=np.float32)
     maps = attention_jax.attention_maps(module, variables, x)
@@ -108,11 +110,12 @@ def test_maps():
     (weights,) = attention_jax.attention_maps(module, variables, x).values()
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     np.testing.assert_array_equal(weights[:, np.arange(3), :, np.arange(3)], 0)
+    weights = np.asarray(weights)
     value = x @ variables['params']['value']['kernel'] + variables['params']['value']['bias']
     y = np.einsum('bijk,bkjc->bijc', weights[..., :3], value)
     y = y + np.einsum('bijl,bilc->bijc', weights[..., 3:], value)
     out = x + variables['params']['gamma'] * y
-    np.testing.assert_allclose(module.apply(variables, x), out, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, x), out, atol=1e-5)
 
 
 def test_backbones_put_it_on_the_branch():

@@ -77,24 +77,27 @@ def test_training_changes_nothing_without_a_norm():
     module = DoubleAttention()
     x = jnp.asarray(helpers.array((2, 3, 4, 16), dtype=np.float32))
     variables = helpers.random_variables(module, x, dtype=np.float32)
-    np.testing.assert_array_equal(
-        module.apply(variables, x, train=True), module.apply(variables, x)
-    )
+    apply = jax.jit(module.apply, static_argnames='train')
+    np.testing.assert_array_equal(apply(variables, x, train=True), apply(variables, x))
 
 
 def test_it_is_linear_attention_of_two_softmaxes(x64):
     """`attend` without a weighting, of V, B and F, is the same product in the cheaper order."""
     module = DoubleAttention(hidden=3, descriptors=4, reconstruct=False, residual=False)
-    x = jnp.asarray(helpers.array((2, 3, 4, 8)))
+    x = helpers.array((2, 3, 4, 8))
     params = helpers.random_variables(module, x)['params']
     f, b, v = (
         (x @ params[name]['kernel'] + params[name]['bias']).reshape(2, 12, -1)
         for name in ('feature', 'gather', 'distribute')
     )
-    y = functional.attend(
-        jax.nn.softmax(v, -1), jax.nn.softmax(b, 1), f, weighting='none', scale=1.0
-    )
-    helpers.assert_close(module.apply({'params': params}, x), y.reshape(2, 3, 4, 3), 1e-12)
+
+    @jax.jit
+    def attend(v, b, f):
+        v, b = jax.nn.softmax(v, -1), jax.nn.softmax(b, 1)
+        return functional.attend(v, b, f, weighting='none', scale=1.0)
+
+    out = jax.jit(module.apply)({'params': params}, x)
+    helpers.assert_close(out, attend(v, b, f).reshape(2, 3, 4, 3), 1e-12)
 
 
 @pytest.mark.parametrize('distribute', ['descriptors', 'positions'])
@@ -107,18 +110,19 @@ def test_permuted_positions_give_permuted_results(distribute):
     def shuffle(y):
         return y.reshape(2, 20, 16)[:, order].reshape(y.shape)
 
-    helpers.assert_close(
-        module.apply(variables, shuffle(x)), shuffle(module.apply(variables, x)), 1e-5
-    )
+    apply = jax.jit(module.apply)
+    helpers.assert_close(apply(variables, shuffle(x)), shuffle(apply(variables, x)), 1e-5)
 
 
 def test_one_descriptor_is_handed_to_every_position():
     module = DoubleAttention(descriptors=1)
     x = jnp.asarray(helpers.array((2, 3, 4, 16), dtype=np.float32))
     variables = helpers.random_variables(module, x, dtype=np.float32)
-    added = np.asarray(module.apply(variables, x) - x).reshape(2, 12, 16)
+    added = np.asarray(jax.jit(module.apply)(variables, x) - x).reshape(2, 12, 16)
     np.testing.assert_allclose(added, np.broadcast_to(added[:, :1], added.shape), atol=1e-5)
-    gradient = jax.grad(lambda p: (module.apply({'params': p}, x) ** 2).sum())(variables['params'])
+    gradient = jax.jit(jax.grad(lambda p: (module.apply({'params': p}, x) ** 2).sum()))(
+        variables['params']
+    )
     np.testing.assert_array_equal(gradient['distribute']['kernel'], 0)
 
 
@@ -126,14 +130,13 @@ def test_one_descriptor_is_handed_to_every_position():
 def test_zero_init_is_the_identity_and_can_leave_it(normalization):
     module = DoubleAttention(zero_init=True, normalization=normalization)
     x = jnp.asarray(helpers.array((1, 3, 4, 16), dtype=np.float32))
-    out, variables = module.init_with_output(jax.random.key(0), x)
+    out, variables = jax.jit(module.init_with_output)(jax.random.key(0), x)
     np.testing.assert_array_equal(out, x)
-    gradient = jax.grad(lambda p: (module.apply({**variables, 'params': p}, x) ** 2).sum())(
-        variables['params']
-    )
+    grad = jax.jit(jax.grad(lambda p: (module.apply({**variables, 'params': p}, x) ** 2).sum()))
+    gradient = grad(variables['params'])
     assert (gradient['norm']['scale'] if normalization else gradient['out']['kernel']).any()
     awake = module.clone(zero_init=False)
-    assert np.abs(awake.init_with_output(jax.random.key(0), x)[0] - x).max() > 1e-3
+    assert np.abs(jax.jit(awake.init_with_output)(jax.random.key(0), x)[0] - x).max() > 1e-3
 
 
 def test_maps():
@@ -157,9 +160,11 @@ def test_softmax_of_bfloat16_is_float32():
     module = DoubleAttention(hidden=1, residual=False, reconstruct=False)
     x = jnp.ones((1, 200, 200, 1), jnp.bfloat16)
     params = jax.tree.map(jnp.ones_like, module.init(jax.random.key(0), x)['params'])
-    np.testing.assert_allclose(
-        np.asarray(module.apply({'params': params}, x), np.float32), 2, rtol=0.01
-    )
+    out = jax.jit(module.apply)({'params': params}, x)
+    np.testing.assert_allclose(np.asarray(out, np.float32), 2, rtol=0.01)
+    maps = attention_jax.attention_maps(module, {'params': params}, x)
+    assert all(weights.dtype == jnp.float32 for weights in maps.values())
+    np.testing.assert_allclose(maps['gather_map'], 1 / 40_000, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ SHARED = [
 # Called with a map and a sequence of maps.
 TAKES_A_SEQUENCE = ('cross_layer_non_local',)
 
+# One case a mechanism for the quick tests; the slow ones run them all.
+FIRST = {path.parent: path for path in reversed(STORED)}.values()
+
 
 def identity(path):
     return f'{path.parent.name}/{path.stem}'
@@ -97,7 +100,11 @@ def compare(path):
     assert all(y.dtype == jnp.float64 for y in outputs)
 
 
-@pytest.mark.parametrize('path', STORED, ids=identity)
+@pytest.mark.parametrize(
+    'path',
+    [p if p in FIRST else pytest.param(p, marks=pytest.mark.slow) for p in STORED],
+    ids=identity,
+)
 def test_stored_case(x64, path):
     compare(path)
 
