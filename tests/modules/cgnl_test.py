@@ -178,7 +178,7 @@ def test_further_leading_axes_are_batch():
     variables = helpers.random_variables(module, x[0], dtype=np.float32)
     apply = jax.jit(module.apply)
     one = np.stack([apply(variables, image) for image in x])
-    helpers.assert_close(apply(variables, x), one, 1e-6)
+    helpers.assert_close(apply(variables, x), one, 1e-5)
 
 
 def test_macs_of_the_series():
