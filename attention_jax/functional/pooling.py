@@ -357,10 +357,16 @@ def _mean_and_max(x: jax.Array, axes: Ints) -> tuple[jax.Array, jax.Array]:
 def _mean_and_max_forward(
     x: jax.Array, axes: Ints
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
-    counted = functools.partial(_one_pass_counted, axes=axes)
-    total, top, ties = lax.platform_dependent(
-        x, tpu=counted, default=functools.partial(_two_passes_counted, axes=axes)
-    )
+    def two_passes(x: jax.Array) -> tuple[jax.Array, ...]:
+        # XLA may compute x anew for each reader and round it differently each time: then nothing
+        # equals the maximum, here or in the gradient. The barrier makes it one array.
+        x = lax.optimization_barrier(x)
+        return *_two_passes_counted(x, axes), x
+
+    def one_pass(x: jax.Array) -> tuple[jax.Array, ...]:
+        return *_one_pass_counted(x, axes), x
+
+    total, top, ties, x = lax.platform_dependent(x, tpu=one_pass, default=two_passes)
     return (total / math.prod(x.shape[a] for a in axes), top), (x, top, ties)
 
 
@@ -390,7 +396,7 @@ def _two_passes(x: jax.Array, axes: Ints) -> tuple[jax.Array, jax.Array]:
 def _two_passes_counted(x: jax.Array, axes: Ints) -> tuple[jax.Array, jax.Array, jax.Array]:
     total, top = _two_passes(x, axes)
     hit = x.astype(top.dtype) == jnp.expand_dims(top, axes)
-    return total, top, jnp.sum(hit, axes, dtype=top.dtype)
+    return total, top, jnp.maximum(jnp.sum(hit, axes, dtype=top.dtype), 1)
 
 
 def _one_pass(x: jax.Array, axes: Ints) -> tuple[jax.Array, jax.Array]:

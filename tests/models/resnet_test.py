@@ -170,3 +170,12 @@ def test_images_smaller_than_the_stride_are_refused():
     model = attention_jax.create_model('resnet18')
     with pytest.raises(ValueError, match='32 x 32'):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 64, 3)))
+
+
+def test_gradient_of_a_maximum_inside_a_network(x64):
+    """XLA computes what a maximum is taken of more than once, and rounds it differently."""
+    model = attention_jax.create_model('tiny_resnet', attention='cbam')
+    x = helpers.array((4, 16, 16, 3))
+    variables = helpers.random_variables(model, x)
+    _, _, _, (by_x,) = helpers.value_and_gradients(model, variables, (x,), 1.0, False)
+    assert np.isfinite(by_x).all()
