@@ -15,7 +15,9 @@ from attention_jax.modules.layers import (
     BatchNorm,
     Dense,
     Dtype,
+    flatten_positions,
     hidden_width,
+    logit_scale,
     sow_map,
     wanted_queries,
 )
@@ -218,7 +220,7 @@ class NonLocal(nn.Module):
         else:
             query, key = project(name='query')(x), after(project(name='key')(source))
         value = after(project(name='value')(source))
-        query, key, value = (self._positions(y) for y in (query, key, value))
+        query, key, value = (flatten_positions(y, self.spatial_dims) for y in (query, key, value))
 
         if self.mode == 'concatenation':
             weight = _Similarity(self.param_dtype, name='similarity')
@@ -232,7 +234,8 @@ class NonLocal(nn.Module):
             return functional.pairwise_relu_attend(a, b, value)
         options = {'weighting': 'mean', 'scale': 1.0}
         if self.mode != 'dot_product':
-            options = {'weighting': 'softmax', 'scale': self._scale(x.shape[-1], d)}
+            scale = None if self.mode == 'gaussian' else self.scale
+            options = {'weighting': 'softmax', 'scale': logit_scale(scale, x.shape[-1], d)}
         sow_map(self, lambda: functional.attention_weights(wanted_queries(query), key, **options))
         return functional.attend(query, key, value, chunk_size=self.chunk_size, **options)
 
@@ -242,7 +245,6 @@ class NonLocal(nn.Module):
         checks.choice('mode', self.mode, _MODES)
         checks.choice('pool_position', self.pool_position, ('before', 'after'))
         checks.choice('normalization', self.normalization, (None, 'batch'))
-        checks.at_least('pool_size', self.pool_size, 1)
         if self.chunk_size is not None:
             checks.at_least('chunk_size', self.chunk_size, 1)
         if isinstance(self.scale, str):
@@ -252,25 +254,13 @@ class NonLocal(nn.Module):
                 f"scale {self.scale!r} is for mode 'embedded_gaussian', got {self.mode!r}: leave "
                 f'it out, or use None'
             )
-        sides = x.shape[-1 - min(self.spatial_dims, 2) : -1]
-        if min(sides) < self.pool_size:
-            raise ValueError(
-                f'pool_size {self.pool_size} leaves nothing of x of shape {x.shape}: use at most '
-                f'{min(sides)}'
-            )
+        checks.pool_fits(x, self.pool_size, self.spatial_dims)
         if self.group_size is not None:
             if self.spatial_dims != 3:
                 raise ValueError(
                     f'group_size {self.group_size} is for spatial_dims 3, got {self.spatial_dims}'
                 )
             checks.divides('group_size', self.group_size, 'the frames', x.shape[-4])
-
-    def _scale(self, c: int, d: int) -> float:
-        if self.mode == 'gaussian' or self.scale is None:
-            return 1.0
-        if isinstance(self.scale, str):
-            return (d if self.scale == 'hidden' else c) ** -0.5
-        return float(self.scale)
 
     def _pool(self, x: jax.Array) -> jax.Array:
         """Maximum over windows in height and width."""
@@ -279,9 +269,6 @@ class NonLocal(nn.Module):
         s = self.pool_size
         window = {1: (s,), 2: (s, s), 3: (1, s, s)}[self.spatial_dims]
         return functional.max_pool(x, window)
-
-    def _positions(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[: -1 - self.spatial_dims], -1, x.shape[-1])
 
     def _dense(self, features: int, **options: Any) -> Dense:
         return Dense(
