@@ -43,7 +43,8 @@ class AttentionEntry:
         complexity: growth of its work, in N positions, C channels and the letters that
             `analysis.mechanism_table` explains, such as 'N C + C^2/r'.
         preserves_shape: the output has the input's shape.
-        identity_at_init: the module returns its input when freshly initialised.
+        identity_at_init: the module returns its input when freshly initialised; a function of the
+            module where that depends on its arguments.
         has_map: it sows an attention map.
         fixed_size: its parameters depend on the map's height and width.
         replaces_convolution: it stands in the place of a 3x3 convolution.
@@ -64,7 +65,7 @@ class AttentionEntry:
     arxiv: str = ''
     complexity: str = ''
     preserves_shape: bool = True
-    identity_at_init: bool = False
+    identity_at_init: bool | Callable[[Any], bool] = False
     has_map: bool = True
     fixed_size: bool = False
     replaces_convolution: bool = False
@@ -156,6 +157,13 @@ def create_attention(name: str, /, **arguments: Any) -> nn.Module:
     entry = attention_entry(name)
     check_arguments(f'attention {name!r}', arguments, fields(entry.cls))
     return entry.cls(**arguments)
+
+
+def starts_as_identity(module: nn.Module) -> bool:
+    """Whether a mechanism, freshly initialised, returns its input; False if it is not ours."""
+    _load()
+    entries = [e.identity_at_init for e in _attention.values() if e.cls is type(module)]
+    return any(found(module) if callable(found) else found for found in entries)
 
 
 def create_model(name: str, /, **arguments: Any) -> nn.Module:

@@ -12,6 +12,8 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from attention_jax.functional import cost
+
 REFERENCE = pathlib.Path(__file__).parent / 'reference'
 
 
@@ -34,6 +36,34 @@ def random_variables(module: nn.Module, *inputs: Any, dtype: Any = np.float64) -
             value /= np.sqrt(np.prod(leaf.shape[:-1]))
         flat[path] = value.astype(dtype)
     return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def generator(name: str, seed: int = 0) -> np.random.RandomState:
+    """Random numbers that follow from a name: of a network's parameter, its input, a cotangent."""
+    return np.random.RandomState(zlib.crc32(f'{seed}/{name}'.encode()))
+
+
+def drawn(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """A parameter or statistic from its PyTorch name alone, as the stored values were made."""
+    r, last = generator(name, seed), name.rpartition('.')[2]
+    if last == 'running_mean':
+        return 0.1 * r.standard_normal(shape)
+    if last == 'running_var':
+        return 0.5 + r.random_sample(shape)
+    if len(shape) >= 2:
+        return r.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+    if last == 'weight':
+        return 0.5 + r.random_sample(shape)
+    return 0.1 * r.standard_normal(shape)
+
+
+def counted(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Parameters, multiply-adds, and those of products between activations, of one call."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    with cost.tally() as counts:
+        variables = jax.eval_shape(lambda x: module.init(jax.random.key(0), x), x)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables.get('params', {})))
+    return parameters, counts['macs'], counts['matmul']
 
 
 def inner(out: Any, cotangent: Any) -> Any:

@@ -7,28 +7,38 @@ Python, configs and the command line.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from attention_jax import registry
 from attention_jax.registry import AttentionEntry
 
 WHERE = {
     'branch': 'on the residual branch after its last norm, before the sum',
     'branch_after_relu': 'as branch, after one more ReLU (the first PyTorch SE-ResNets)',
-    'last_block': 'as branch, in the last block of each stage only',
     'mid': 'in a bottleneck, after the norm and activation of its 3x3',
     'conv2_pre_norm': 'between the second convolution of a block and its norm',
     'conv1': 'in place of the first convolution of a block, with its stride',
     'conv2': 'in place of the second convolution of a block',
     'pre_conv': 'before every convolution, those of the stem and the shortcut included',
+    'expanded': (
+        'in an inverted residual, after the norm and activation of the depthwise convolution; '
+        'without stages not in the first, which does not expand'
+    ),
+    'output': 'after the last norm of an inverted residual, before the sum where there is one',
+    'depthwise_pre_norm': 'in an inverted residual, between the depthwise convolution and its norm',
+    'last_block': 'as branch or output, in the last block of each stage only',
     'stage': 'after the last block of each stage but the last',
     'before_block': 'a residual module of its own before a block',
     'after_block': 'a residual module of its own after a block',
 }
-_ELSEWHERE = {
-    'expanded': 'MobileNetV2',
-    'output': 'MobileNetV2',
-    'depthwise_pre_norm': 'MobileNetV2',
+_INVERTED = ('expanded', 'output', 'depthwise_pre_norm')
+_BETWEEN = ('last_block', 'stage', 'before_block', 'after_block')
+PLACES = {
+    'ResNet': tuple(where for where in WHERE if where not in _INVERTED),
+    'MobileNetV2': _INVERTED + _BETWEEN,
 }
+_BRANCH_END = {'ResNet': 'branch', 'MobileNetV2': 'output'}
 _PATTERN = re.compile(r'(?P<where>\w+)(@(?P<stages>\d+(:\d+(,\d+)*)?(\+\d+(:\d+(,\d+)*)?)*))?')
 
 
@@ -37,7 +47,7 @@ class Placement:
     """A parsed placement.
 
     Attributes:
-        where: a key of `WHERE`.
+        where: a key of `WHERE`, 'last_block' apart.
         blocks: for each stage, the 0-based blocks that are meant.
     """
 
@@ -49,8 +59,13 @@ class Placement:
         return self.where == where and block in self.blocks[stage]
 
 
-def parse(text: str, depths: Sequence[int]) -> Placement:
+def parse(text: str, depths: Sequence[int], backbone: str = 'ResNet') -> Placement:
     """Reads a placement for a backbone with `depths` blocks in its stages.
+
+    Args:
+        text: the placement.
+        depths: number of blocks of each stage.
+        backbone: key of `PLACES`.
 
     Raises:
         ValueError: the text cannot be read, or means what the backbone lacks.
@@ -62,14 +77,16 @@ def parse(text: str, depths: Sequence[int]) -> Placement:
             f'branch, branch@2+3+4 or after_block@2:1,3+3:1,3,5'
         )
     where = match['where']
-    if where in _ELSEWHERE:
-        raise ValueError(f'placement {where!r} belongs to {_ELSEWHERE[where]}, not to a ResNet')
-    if where not in WHERE:
-        raise ValueError(f'placement {where!r} is unknown: use one of {", ".join(WHERE)}')
+    if where not in PLACES[backbone]:
+        elsewhere = [other for other, places in PLACES.items() if where in places]
+        what = f'belongs to {elsewhere[0]}, not to {backbone}' if elsewhere else 'is unknown'
+        raise ValueError(f'placement {where!r} {what}: use one of {", ".join(PLACES[backbone])}')
     if match['stages'] is None:
         stages = {s: range(depth) for s, depth in enumerate(depths)}
         if where == 'stage':
             del stages[len(depths) - 1]
+        elif where == 'expanded':
+            del stages[0]
     else:
         stages = {}
         for part in match['stages'].split('+'):
@@ -88,40 +105,121 @@ def parse(text: str, depths: Sequence[int]) -> Placement:
             stages[int(stage) - 1] = chosen
     if where in ('stage', 'last_block'):
         stages = {s: [depths[s] - 1] for s in stages}
-        where = 'branch' if where == 'last_block' else where
+        where = _BRANCH_END[backbone] if where == 'last_block' else where
     return Placement(where, tuple(frozenset(stages.get(s, ())) for s in range(len(depths))))
 
 
-def default(entry: AttentionEntry, depths: Sequence[int], block: str) -> str:
+def default(
+    entry: AttentionEntry, depths: Sequence[int], block: str, backbone: str = 'ResNet'
+) -> str:
     """The placement that the mechanism's authors use, for a backbone that was not told one.
 
-    An entry names a key of `WHERE`, or one of: `branch_but_first` (no first stage), `inserted` (the
-    five blocks of the non-local networks in bottleneck ResNets of 50 layers and more, else one
+    An entry names a place of ResNet, or one of: `branch_but_first` (no first stage), `inserted`
+    (the five blocks of the non-local networks in bottleneck ResNets of 50 layers and more, else one
     after the last block of the last stage but one), `inserted_before` (one before the last block
-    of that stage).
+    of that stage). In MobileNetV2 `output` stands for `branch`, as in the networks of ECA and
+    Triplet.
+
+    Args:
+        entry: the mechanism.
+        depths: number of blocks of each stage.
+        block: the backbone's kind of block, such as 'bottleneck'.
+        backbone: key of `PLACES`.
 
     Raises:
-        ValueError: the mechanism is a head or takes several maps, so that no place suits it.
+        ValueError: the mechanism is a head, takes several maps or stands for a convolution that the
+            backbone lacks, so that no place suits it.
     """
     count = len(depths)
     deep = block == 'bottleneck' and count == 4 and 3 * sum(depths) + 2 >= 50
     stage = count - 1  # the last but one, counted from 1
     last = depths[stage - 1] - 1
+    end = _BRANCH_END[backbone]
     match entry.placement:
         case 'none':
             raise ValueError(
                 f'attention {entry.name!r} has no place inside a backbone: build it with '
                 f'create_attention and call it on the feature maps it takes'
             )
+        case 'branch':
+            return end
         case 'branch_but_first':
-            return 'branch@' + '+'.join(str(s) for s in range(2, count + 1))
+            return f'{end}@' + '+'.join(str(s) for s in range(2, count + 1))
         case 'inserted' if deep:
             return f'after_block@2:{_spread(depths[1], 2)}+3:{_spread(depths[2], 3)}'
         case 'inserted_before' if deep:
             return f'before_block@{stage}:{last}'
         case 'inserted' | 'inserted_before':
             return f'after_block@{stage}:{last}'
+    if entry.placement not in PLACES[backbone]:
+        raise ValueError(
+            f'attention {entry.name!r} has no place in {backbone}, whose blocks lack '
+            f'{entry.placement!r}: use it in a ResNet'
+        )
     return entry.placement
+
+
+def resolve(
+    attention: str | None,
+    text: str | None,
+    depths: Sequence[int],
+    block: str,
+    backbone: str = 'ResNet',
+) -> Placement | None:
+    """The blocks that a network's `attention` and `placement` mean, checked against the mechanism.
+
+    Args:
+        attention: registry name of a mechanism, or None.
+        text: the placement; None is the mechanism's default.
+        depths: number of blocks of each stage.
+        block: the backbone's kind of block.
+        backbone: key of `PLACES`.
+
+    Returns:
+        The placement; None without a mechanism.
+
+    Raises:
+        ValueError: what the backbone lacks, or where the mechanism does not fit.
+    """
+    if attention is None:
+        if text is not None:
+            raise ValueError('placement needs attention, got attention=None')
+        return None
+    entry = registry.attention_entry(attention)
+    text = text or default(entry, depths, block, backbone)
+    placement = parse(text, depths, backbone)
+    replaces = placement.where in ('conv1', 'conv2')
+    if replaces and not entry.replaces_convolution:
+        raise ValueError(
+            f'placement {text!r} puts attention in place of a convolution, which '
+            f'{attention!r} is not: try branch'
+        )
+    if not replaces and (entry.replaces_convolution or not entry.preserves_shape):
+        raise ValueError(
+            f'placement {text!r} needs attention that keeps its input, {attention!r} '
+            f'replaces a convolution or changes the shape: try conv2 in a ResNet'
+        )
+    if placement.where == 'mid' and block != 'bottleneck':
+        raise ValueError(f'placement {text!r} needs bottlenecks, block is {block!r}')
+    return placement
+
+
+def stage_arguments(
+    arguments: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, count: int
+) -> tuple[Mapping[str, Any], ...]:
+    """A mechanism's arguments in each of `count` stages: the same in all, or one mapping a stage.
+
+    Raises:
+        ValueError: a sequence of another length.
+    """
+    arguments = arguments or {}
+    if isinstance(arguments, Mapping):
+        return (arguments,) * count
+    if len(arguments) != count:
+        raise ValueError(
+            f'attention_args must be one dict or one a stage: {count} stages, got {len(arguments)}'
+        )
+    return tuple(arguments)
 
 
 def _spread(depth: int, number: int) -> str:

@@ -22,7 +22,7 @@ from attention_jax.registry import register_attention
     year=2018,
     family='positions',
     complexity='N C^2/r',
-    identity_at_init=True,
+    identity_at_init=lambda module: module.zero_init and module.residual,
     placement='inserted_before',
     variants={
         'authors': {},

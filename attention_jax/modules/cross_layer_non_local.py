@@ -40,7 +40,7 @@ def _context_channels(arrays: Mapping[str, Any]) -> tuple[tuple[int, ...]]:
     year=2020,
     family='positions',
     complexity='N M C/r + (N + M) C^2/r',
-    identity_at_init=True,
+    identity_at_init=lambda module: module.zero_init and module.residual,
     placement='none',
     variants={
         'authors': {},

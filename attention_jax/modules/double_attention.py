@@ -39,6 +39,7 @@ _DOUBLE_ATTEN = {
     year=2018,
     family='positions',
     complexity='N C^2/r',
+    identity_at_init=lambda module: module.zero_init and module.residual,
     placement='inserted',
     variants={
         'paper': {},

@@ -49,7 +49,7 @@ def _timm_names(theirs: str, ours: str) -> dict[str, TorchName]:
     year=2019,
     family='positions',
     complexity='N C + C^2/r',
-    identity_at_init=True,
+    identity_at_init=lambda module: module.zero_init and module.fusion == ('add',),
     placement='branch_but_first',
     variants={
         'authors': {},

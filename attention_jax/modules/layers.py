@@ -261,6 +261,25 @@ class BatchNorm(nn.Module):
         return (y + _last_axis(bias.astype(compute), x)).astype(self.dtype or x.dtype)
 
 
+class StochasticDepth(nn.Module):
+    """Drops the whole input of some examples in training: the residual branch of a block.
+
+    Source: Huang et al. 2016, arXiv 1603.09382, in the form that PyTorch networks use: what is kept
+    is divided by the probability of being kept, so that evaluation changes nothing.
+
+    Attributes:
+        rate: probability that an example is dropped, 0 to 1, 1 excluded.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Drops examples of `[b, ...]`; needs the random stream `dropout` in training."""
+        axes = tuple(range(1, x.ndim))
+        return nn.Dropout(self.rate, broadcast_dims=axes, deterministic=not train)(x)
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis, in two passes and in float32 or float64.
 

@@ -80,7 +80,7 @@ _ALEXHEX7 = {'pool_position': 'after', 'scale': None}
     year=2018,
     family='positions',
     complexity='N C (N + C)/r',
-    identity_at_init=True,
+    identity_at_init=lambda module: module.zero_init and module.residual,
     placement='inserted',
     variants={
         'authors': {},

@@ -52,7 +52,14 @@ def _context_channels(arrays: Mapping[str, Any]) -> tuple[int, ...]:
     year=2021,
     family='positions',
     complexity='N^2 C + N C^2',
-    identity_at_init=True,
+    identity_at_init=lambda module: (
+        module.residual == 'gamma'
+        or (
+            module.residual == 'plain'
+            and module.zero_init
+            and (module.output_projection or module.normalization is not None)
+        )
+    ),
     variants={
         'channel': {'axis': 'channel', 'reduction': 1, 'similarity': 'dot', 'residual': 'none'},
         'spatial': {'reduction': 1, 'residual': 'none'},

@@ -5,10 +5,11 @@ from attention_jax import registry
 from attention_jax.models import placement
 
 DEEP = (3, 4, 6, 3)
+MOBILE = (1, 2, 3, 4, 3, 3, 1)
 
 
-def blocks(text, depths=DEEP):
-    parsed = placement.parse(text, depths)
+def blocks(text, depths=DEEP, backbone='ResNet'):
+    parsed = placement.parse(text, depths, backbone)
     return parsed.where, [sorted(b) for b in parsed.blocks]
 
 
@@ -25,6 +26,22 @@ def blocks(text, depths=DEEP):
 )
 def test_text(text, where, expected):
     assert blocks(text) == (where, expected)
+
+
+@pytest.mark.parametrize(
+    ('text', 'where', 'expected'),
+    [
+        ('output', 'output', [1, 2, 3, 4, 3, 3, 1]),
+        ('expanded', 'expanded', [0, 2, 3, 4, 3, 3, 1]),
+        ('expanded@1+7', 'expanded', [1, 0, 0, 0, 0, 0, 1]),
+        ('depthwise_pre_norm@4:1,3', 'depthwise_pre_norm', [0, 0, 0, 2, 0, 0, 0]),
+        ('last_block', 'output', [1] * 7),
+        ('stage', 'stage', [1] * 6 + [0]),
+    ],
+)
+def test_text_of_mobilenet(text, where, expected):
+    found, chosen = blocks(text, MOBILE, 'MobileNetV2')
+    assert (found, [len(b) for b in chosen]) == (where, expected)
 
 
 @pytest.mark.parametrize(
@@ -46,13 +63,40 @@ def test_defaults(kind, block, depths, expected):
     assert placement.default(entry, depths, block) == expected
 
 
+@pytest.mark.parametrize(
+    ('kind', 'expected'),
+    [
+        ('branch', 'output'),
+        ('branch_but_first', 'output@2+3+4+5+6+7'),
+        ('inserted', 'after_block@6:2'),
+        ('inserted_before', 'after_block@6:2'),
+        ('last_block', 'last_block'),
+        ('stage', 'stage'),
+    ],
+)
+def test_defaults_of_mobilenet(kind, expected):
+    entry = registry.AttentionEntry('x', None, 'paper', 2020, 'channel', placement=kind)
+    assert placement.default(entry, MOBILE, 'inverted', 'MobileNetV2') == expected
+
+
+def test_mobilenet_has_no_place_for_what_replaces_a_convolution():
+    with pytest.raises(ValueError, match="'sk' has no place in MobileNetV2"):
+        placement.resolve('sk', None, MOBILE, 'inverted', 'MobileNetV2')
+    with pytest.raises(ValueError, match='belongs to ResNet, not to MobileNetV2: use one of exp'):
+        placement.resolve('sk', 'conv2', MOBILE, 'inverted', 'MobileNetV2')
+    with pytest.raises(ValueError, match='belongs to MobileNetV2, not to ResNet: use one of br'):
+        placement.resolve('se', 'output', DEEP, 'bottleneck')
+
+
 def test_a_head_has_no_place():
     entry = registry.AttentionEntry('x', None, 'paper', 2020, 'channel', placement='none')
     with pytest.raises(ValueError, match='no place inside a backbone'):
         placement.default(entry, DEEP, 'bottleneck')
 
 
-@pytest.mark.parametrize('where', [w for w in placement.WHERE if w not in ('conv1', 'conv2')])
+@pytest.mark.parametrize(
+    'where', [w for w in placement.PLACES['ResNet'] if w not in ('conv1', 'conv2')]
+)
 def test_every_place_takes_a_gate(where):
     import jax
     import jax.numpy as jnp

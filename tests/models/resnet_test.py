@@ -1,8 +1,4 @@
-"""The ResNets: counts of every named one, values and gradients against the PyTorch originals."""
-
-import gzip
-import json
-import zlib
+"""The ResNets beyond what every network shows: arguments, stages, forms that are equal."""
 
 import jax
 import jax.numpy as jnp
@@ -10,36 +6,12 @@ import numpy as np
 import pytest
 
 import attention_jax
-from attention_jax import registry
-from attention_jax.functional import cost
-from attention_jax.interop import torch
+from attention_jax.modules.layers import StochasticDepth
 from tests import helpers
 
-FOLDER = helpers.REFERENCE / 'networks'
-COUNTS = json.loads((FOLDER / 'counts.json').read_text())
-STORED = sorted(p.stem for p in FOLDER.glob('*.npz'))
-QUICK = ('cifar_se_resnet20',)
 
-
-def counted(name, channels=3, **arguments):
-    model = attention_jax.create_model(name, **arguments)
-    size = registry.model_entry(name).input_size
-    x = jax.ShapeDtypeStruct((1, *size, channels), jnp.float32)
-    with cost.tally() as counts:
-        variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), x)
-    return sum(leaf.size for leaf in jax.tree.leaves(variables['params'])), counts
-
-
-@pytest.mark.parametrize('name', COUNTS)
-def test_counts(name):
-    row = COUNTS[name]
-    entry = registry.model_entry(name)
-    assert (*entry.input_size, 3) == tuple(row['input'])
-    assert entry.num_classes == row['num_classes']
-    parameters, counts = counted(name)
-    assert parameters == row['params']
-    assert counts['macs'] == row['macs']
-    assert counts['matmul'] == row['matmul']
+def counted(name, **arguments):
+    return helpers.counted(attention_jax.create_model(name, **arguments), (1, 224, 224, 3))
 
 
 def test_a_mechanism_at_its_authors_place_is_the_named_network():
@@ -49,69 +21,6 @@ def test_a_mechanism_at_its_authors_place_is_the_named_network():
     assert by_hand == counted('eca_resnet50')
     assert counted('eca_resnet50', kernel_size='adaptive')[0] == 25_557_032 + 86
     assert counted('eca_resnet50', attention='se') == counted('resnet50', attention='se')
-
-
-def generator(name, seed):
-    return np.random.RandomState(zlib.crc32(f'{seed}/{name}'.encode()))
-
-
-def drawn(name, shape, seed):
-    """A parameter or statistic from its name alone, as the stored values were made."""
-    r, last = generator(name, seed), name.rpartition('.')[2]
-    if last == 'running_mean':
-        return 0.1 * r.standard_normal(shape)
-    if last == 'running_var':
-        return 0.5 + r.random_sample(shape)
-    if len(shape) >= 2:
-        return r.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
-    if last == 'weight':
-        return 0.5 + r.random_sample(shape)
-    return 0.1 * r.standard_normal(shape)
-
-
-def sample(array):
-    flat = np.asarray(array).ravel()
-    return flat[np.linspace(0, flat.size - 1, min(flat.size, 64)).round().astype(int)]
-
-
-@pytest.mark.parametrize(
-    'name', [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in STORED]
-)
-def test_values_and_gradients(x64, name):
-    stored = dict(np.load(FOLDER / f'{name}.npz'))
-    meta = json.loads(str(stored.pop('meta')))
-    names = json.loads(gzip.decompress((FOLDER / f'{name}.json.gz').read_bytes()))
-    seed, buffers = meta['seed'], [n for n in names['buffers'] if 'num_batches' not in n]
-    shapes = {**names['parameters'], **names['buffers']}
-    state = {n: drawn(n, shapes[n], seed) for n in [*names['parameters'], *buffers]}
-    arguments = {'num_classes': meta['outputs'][0][1]}
-    model, variables, report = torch.from_state_dict(name, state, **arguments)
-    x = np.moveaxis(generator('input', seed).standard_normal(meta['input']), 1, -1)
-    cotangent = generator('cotangent/0', seed).standard_normal(meta['outputs'][0])
-    for mode in ('eval', 'train'):
-        part = helpers.prefixed(stored, f'{mode}/')
-        if not part:
-            continue
-        out, changed, by_params, (by_x,) = helpers.value_and_gradients(
-            model, variables, (x,), cotangent, mode == 'train'
-        )
-        helpers.assert_close(sample(out), part['output/0'], what=f'{mode}/output')
-        helpers.assert_close(np.linalg.norm(out), part['output_norm/0'], what=f'{mode}/output_norm')
-        nchw = np.moveaxis(np.asarray(by_x), -1, 1)
-        largest = np.abs(part['grad_input']).max()
-        np.testing.assert_allclose(sample(nchw), part['grad_input'], atol=1e-8 * largest, rtol=1e-7)
-        gradients = torch.to_state_dict(
-            name, {'params': by_params}, source=report.source, **arguments
-        )
-        norms = np.array([np.linalg.norm(gradients[n]) for n in names['parameters']])
-        want = part['grad_norm']
-        felt = want > 1e-9 * want.max()
-        np.testing.assert_allclose(norms[felt], want[felt], rtol=1e-7)
-        assert (norms[~felt] < 1e-8 * want.max()).all()
-        if mode == 'train':
-            after = torch.to_state_dict(name, changed, source=report.source, **arguments)
-            got = np.array([np.linalg.norm(after[n]) for n in buffers])
-            np.testing.assert_allclose(got, part['after_norm'], rtol=1e-7)
 
 
 def test_stages_and_head():
@@ -138,6 +47,60 @@ def test_zero_initialised_last_scale_starts_every_block_as_its_shortcut():
     np.testing.assert_array_equal(stages['stem'], stages['stage1'])
 
 
+def test_stochastic_depth_drops_whole_examples_and_nothing_in_evaluation():
+    model = attention_jax.create_model('tiny_resnet', drop_path_rate=0.9)
+    plain = attention_jax.create_model('tiny_resnet')
+    x = jnp.asarray(helpers.array((16, 8, 8, 3), dtype=np.float32))
+    variables = helpers.random_variables(plain, x, dtype=np.float32)
+    np.testing.assert_array_equal(model.apply(variables, x), plain.apply(variables, x))
+
+    layer = StochasticDepth(0.25)
+    ones = jnp.ones((4000, 2, 2, 1))
+    kept = layer.apply({}, ones, train=True, rngs={'dropout': jax.random.key(1)})
+    by_example = np.asarray(kept).reshape(4000, -1)
+    assert (by_example == by_example[:, :1]).all()
+    assert set(np.unique(by_example)) == {0, np.float32(1 / 0.75)}
+    assert abs((by_example[:, 0] == 0).mean() - 0.25) < 0.03
+    # The rate rises over the blocks from 0: the first block never drops, the last one does.
+    _, stages = model.apply(
+        variables,
+        x,
+        train=True,
+        return_stages=True,
+        mutable=['batch_stats'],
+        rngs={'dropout': jax.random.key(0)},
+    )[0]
+    _, full = plain.apply(variables, x, train=True, return_stages=True, mutable=['batch_stats'])[0]
+    np.testing.assert_allclose(stages['stage1'], full['stage1'], rtol=1e-5, atol=1e-5)
+    assert np.abs(stages['stage3'] - full['stage3']).max() > 0.1
+
+
+@pytest.mark.parametrize('name', ['nl_resnet50_5_video', 'a2_resnet50_5_video'])
+def test_video_networks(name):
+    x = jax.ShapeDtypeStruct((2, 8, 64, 64, 3), jnp.float32)
+    model = attention_jax.create_model(name, num_classes=10)
+    shapes = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], x)
+    assert shapes.shape == (2, 10)
+    _, stages = jax.eval_shape(
+        lambda x: model.init_with_output(jax.random.key(0), x, return_stages=True)[0], x
+    )
+    assert stages['stage1'].shape == (2, 4, 16, 16, 256)
+    assert stages['stage4'].shape == (2, 4, 2, 2, 2048)
+    with pytest.raises(ValueError, match=r'\[b, t, h, w, c\]'):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+
+
+def test_a_video_of_equal_frames_is_its_image():
+    """Frames alike: every mean over time, and every softmax over space and time, is the image's."""
+    arguments = {'attention': 'non_local', 'attention_args': {'pool_size': 1}}
+    image = attention_jax.create_model('tiny_resnet', **arguments)
+    video = attention_jax.create_model('tiny_resnet', spatial_dims=3, **arguments)
+    x = jnp.asarray(helpers.array((2, 8, 8, 3), dtype=np.float32))
+    variables = helpers.random_variables(image, x, dtype=np.float32)
+    frames = jnp.repeat(x[:, None], 4, axis=1)
+    helpers.assert_close(video.apply(variables, frames), image.apply(variables, x), 1e-5)
+
+
 @pytest.mark.parametrize(
     ('name', 'arguments', 'word'),
     [
@@ -159,6 +122,16 @@ def test_zero_initialised_last_scale_starts_every_block_as_its_shortcut():
         ('resnet50', {'stem': 'cnn'}, 'stem'),
         ('resnet50', {'stride_in': 'conv3'}, 'stride_in'),
         ('resnet50', {'shortcut': 'none'}, 'shortcut'),
+        ('resnet50', {'stem_pool': 'mean'}, 'stem_pool'),
+        ('resnet50', {'strides': (1, 2)}, 'strides'),
+        ('resnet50', {'widths': (64,)}, 'widths'),
+        ('resnet50', {'conv2_pool': 'first'}, 'conv2_pool'),
+        ('resnet50', {'activation': 'tanh'}, 'activation'),
+        ('resnet50', {'pool': 'max'}, 'pool'),
+        ('resnet50', {'pool_args': {'iterations': 1}}, 'pool_args'),
+        ('resnet50', {'spatial_dims': 1}, 'spatial_dims'),
+        ('resnet50', {'drop_path_rate': 1.0}, 'drop_path_rate'),
+        ('resnet50', {'dropout_rate': -0.1}, 'dropout_rate'),
     ],
 )
 def test_bad_arguments_are_named(name, arguments, word):

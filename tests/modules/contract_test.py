@@ -164,7 +164,7 @@ def test_variant(name, variant):
     assert set(fresh) <= {'params', 'batch_stats', 'spectral'}
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(fresh))
     variables = jax.tree.map(jnp.asarray, helpers.random_variables(module, x, dtype=np.float32))
-    if entry.identity_at_init and variant == 'default':
+    if registry.starts_as_identity(module):
         fresh_output = jax.jit(lambda x: module.init_with_output(jax.random.key(0), x)[0])
         np.testing.assert_allclose(fresh_output(x), x, atol=1e-6)
 
