@@ -10,6 +10,7 @@ from attention_jax.registry import create_attention, create_model, list_attentio
 
 if TYPE_CHECKING:
     from attention_jax.analysis.maps import attention_maps
+    from attention_jax.interop.pretrained import load_pretrained
     from attention_jax.training.checkpoints import load
 
 __version__ = '0.1.0'
@@ -21,6 +22,7 @@ _LAZY = {
     'data': 'attention_jax.data',
     'interop': 'attention_jax.interop',
     'load': 'attention_jax.training.checkpoints',
+    'load_pretrained': 'attention_jax.interop.pretrained',
     'models': 'attention_jax.models',
     'tasks': 'attention_jax.tasks',
     'training': 'attention_jax.training',
@@ -34,6 +36,7 @@ __all__ = [
     'list_attention',
     'list_models',
     'load',
+    'load_pretrained',
     *_mechanisms,
 ]
 

@@ -1,8 +1,10 @@
 """The command `attention-jax`.
 
     attention-jax table --write README.md
+    attention-jax table networks --write docs/networks.md
     attention-jax benchmark se gc --shape 8x56x56x64
     attention-jax inspect MODEL_OR_CONFIG --device v5e:2x4
+    attention-jax convert timm/seresnet50.a1_in1k seresnet50.safetensors
 
 Exit status: 0 done, 2 what was given is wrong, 1 anything else, 130 interrupted.
 
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (None: the process's) and returns its exit status."""
     parser = _Parser(prog='attention-jax', description='Visual attention in JAX: tools.')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
-    for add in (_add_table, _add_benchmark, _add_inspect):
+    for add in (_add_table, _add_benchmark, _add_inspect, _add_convert):
         add(commands)
     try:
         options = parser.parse_args(argv)
@@ -50,11 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_table(commands: Any) -> None:
     parser = commands.add_parser(
         'table',
-        help='the table of mechanisms',
-        description='Writes the table of mechanisms in Markdown: parameters, multiply-adds, '
-        'memory, complexity, passes. Takes a minute or two.',
+        help='the table of mechanisms, or of networks',
+        description='Writes a table in Markdown. Of mechanisms: parameters, multiply-adds, memory, '
+        'complexity, passes, in a minute or two. Of networks: parameters, multiply-adds, published '
+        'accuracies, in some minutes.',
     )
     parser.set_defaults(run=_table)
+    parser.add_argument(
+        'what',
+        nargs='?',
+        choices=('mechanisms', 'networks'),
+        default='mechanisms',
+        help='%(default)s unless given',
+    )
     parser.add_argument(
         '--write',
         type=pathlib.Path,
@@ -65,12 +75,15 @@ def _add_table(commands: Any) -> None:
         '--passes',
         nargs='*',
         metavar='NAME',
-        help='compile these mechanisms (none named: all) for a TPU v5e and count the passes again, '
+        help='mechanisms: compile these (none named: all) for a TPU v5e and count passes again, '
         'which takes minutes; else the passes are those in FILE, or in the README',
     )
 
 
 def _table(options: argparse.Namespace) -> None:
+    if options.what == 'networks':
+        _network_table(options)
+        return
     from attention_jax.analysis import mechanism_table
 
     readme = options.write or pathlib.Path(__file__).resolve().parents[1] / 'README.md'
@@ -86,6 +99,20 @@ def _table(options: argparse.Namespace) -> None:
     table = mechanism_table.table(passes=passes, progress=lambda name: _say(f'counting {name} ...'))
     if options.write:
         mechanism_table.update(options.write, table)
+    else:
+        print(table)
+
+
+def _network_table(options: argparse.Namespace) -> None:
+    if options.passes is not None:
+        raise ValueError('--passes is for the table of mechanisms, not for that of networks')
+    from attention_jax.analysis import markdown, network_table
+
+    if options.write:
+        markdown.check_place(options.write, network_table.PLACE)
+    table = network_table.table(progress=lambda name: _say(f'counting {name} ...'))
+    if options.write:
+        markdown.update(options.write, network_table.PLACE, table)
     else:
         print(table)
 
@@ -309,6 +336,88 @@ def _sent_rows(report: dict[str, Any]) -> list[Row]:
         rows.append(('GATHERS THE BATCH', line, 'every chip gets the examples of others'))
     if not report['batch_gathers']:
         rows.append(('batch', 'not gathered', 'no chip gets the examples of another'))
+    return rows
+
+
+# convert
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser(
+        'convert',
+        help="weights from PyTorch's files or the hub to ours, and back",
+        description='Reads weights and writes them to a .safetensors file, under our names with a '
+        "card that says what they are, or under PyTorch's.",
+    )
+    parser.set_defaults(run=_convert)
+    parser.add_argument(
+        'src',
+        metavar='SRC',
+        help='.safetensors, or .pth and the like (needs PyTorch), a work directory, or a hub id '
+        'such as timm/seresnet50.a1_in1k',
+    )
+    parser.add_argument('dst', metavar='DST', help='.safetensors file to write')
+    parser.add_argument(
+        '--model', metavar='NAME', help="network or mechanism; what the card or timm's config says"
+    )
+    parser.add_argument(
+        '--arguments', default='{}', metavar='JSON', help='of the network: {"num_classes": 10}'
+    )
+    parser.add_argument('--channels', type=int, metavar='N', help="of the images; the weights' own")
+    parser.add_argument(
+        '--to', default='ours', choices=('ours', 'torch'), help='names to write; %(default)s'
+    )
+    parser.add_argument(
+        '--source',
+        metavar='SCHEME',
+        help="with --to torch: whose names, such as timm; the authors'",
+    )
+
+
+def _convert(options: argparse.Namespace) -> None:
+    try:
+        arguments = json.loads(options.arguments)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'--arguments {options.arguments} is not JSON: {error}') from None
+    if not isinstance(arguments, dict):
+        raise ValueError(f'--arguments {options.arguments} must be an object, {{"NAME": VALUE}}')
+    from attention_jax.interop import convert, pretrained
+
+    done = convert.convert(
+        options.src,
+        options.dst,
+        model=options.model,
+        arguments=pretrained.revive(arguments),
+        channels=options.channels,
+        to=options.to,
+        scheme=options.source,
+    )
+    _print_tables({'Converted': _convert_rows(options, done)})
+
+
+def _convert_rows(options: argparse.Namespace, done: Any) -> list[Row]:
+    """Returns the rows for an `interop.convert.Converted`."""
+    facts, report = done.report.preprocessing, done.report
+    rows = [
+        ('model', done.model, ', '.join(f'{k}={v!r}' for k, v in done.arguments.items())),
+        ('from', options.src, f'read as {report.source}'),
+        (
+            'to',
+            options.dst,
+            "PyTorch's names" if options.to == 'torch' else 'our names, and a card',
+        ),
+        ('arrays', str(done.arrays), f'{done.parameters:,} parameters'),
+    ]
+    for kind, names in (('new', report.new), ('dropped', report.dropped)):
+        if names:
+            more = ', ...' if len(names) > 5 else ''
+            rows.append((kind, str(len(names)), ', '.join(names[:5]) + more))
+    if facts:
+        size = 'x'.join(map(str, facts.input_size))
+        rows.append(('images', size, f'crop {facts.crop:g}, {facts.interpolation}'))
+        rows.append(('normalised', f'mean {facts.mean}', f'deviation {facts.std}'))
+    if done.licence:
+        rows.append(('licence', done.licence, ''))
     return rows
 
 

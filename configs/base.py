@@ -36,7 +36,9 @@ def defaults() -> ConfigDict:
             attention='',  # `attention_jax.list_attention()`; empty: none
             attention_args=create(),  # its arguments; or a tuple of one dict a stage
             placement='',  # WHERE[@STAGES], e.g. branch@2+3; empty: its authors'
+            identity_init=False,  # the mechanism starts as the identity, see models/attach.py
             arguments=create(),  # further arguments of the network, e.g. zero_init_last
+            pretrained='',  # file, work directory or hub id to start from; empty: random
         ),
         data=create(
             name='digits',  # 'digits' or any TFDS name
@@ -47,6 +49,7 @@ def defaults() -> ConfigDict:
             augment='auto',  # none, pad_crop, pad_crop_flip, random_resized_crop; auto: by size
             workers=0,  # processes that decode what is not in memory; 0: threads of this one
             cache=placeholder(bool),  # hold the decoded images in memory; None: if they are small
+            preprocessing='auto',  # auto: as model.pretrained was trained, if given; or dataset
         ),
         optimizer=create(
             name='sgd',  # sgd or adamw
@@ -59,10 +62,10 @@ def defaults() -> ConfigDict:
             accumulate=1,  # batches whose gradients are averaged for one update
         ),
         schedule=create(
-            name='steps',  # cosine (to 0), steps, or constant
+            name='steps',  # cosine (to 0), steps, exponential, or constant
             warmup_epochs=0.0,  # linear from 0, in epochs
             boundaries=(0.3, 0.6, 0.9),  # steps: fractions of the run, so that epochs may change
-            factor=0.1,  # steps: the rate is multiplied by it at each boundary
+            factor=0.1,  # of the rate: at each boundary (steps), after each epoch (exponential)
         ),
         train=create(
             epochs=100,  # passes over the training split

@@ -4,10 +4,14 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+import attention_jax
 from attention_jax import cli
-from attention_jax.analysis import benchmark, compiled, mechanism_table
+from attention_jax.analysis import benchmark, compiled, markdown, mechanism_table, network_table
+from attention_jax.interop import files, pretrained, torch
+from tests import helpers
 
 REPORT = {
     'model': 'configs/resnet_gc.py: tiny_resnet with gc',
@@ -52,7 +56,10 @@ def test_help_and_errors_import_nothing_that_takes_time():
         'except SystemExit as end: status = end.code\n'
         'print(status, sorted({"jax", "flax", "numpy", "rich"} & set(sys.modules)))'
     )
-    helps = [('--help', 0), *((f'{name} --help', 0) for name in ('table', 'benchmark', 'inspect'))]
+    helps = [
+        ('--help', 0),
+        *((f'{name} --help', 0) for name in ('table', 'benchmark', 'inspect', 'convert')),
+    ]
     for arguments, status in (*helps, ('nothing', 2), ('', 2)):
         command = [sys.executable, '-c', code, *arguments.split()]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -145,10 +152,24 @@ def test_table_is_printed_or_written(monkeypatch, tmp_path, capsys):
     assert 'compiling gc for v5e' in capsys.readouterr().err
 
 
+def test_table_of_networks(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(network_table, 'table', lambda progress: progress('x') or 'THE TABLE')
+    assert cli.main(['table', 'networks']) == 0
+    assert tuple(capsys.readouterr()) == ('THE TABLE\n', 'counting x ...\n')
+    path = tmp_path / 'X.md'
+    path.write_text('\n'.join(('a', *markdown.marks('networks'), 'b')))
+    assert cli.main(['table', 'networks', '--write', str(path)]) == 0
+    assert path.read_text() == 'a\nTHE TABLE\nb'
+
+
 @pytest.mark.parametrize(
     ('arguments', 'what'),
     [
         ('table --write no/such/file.md', 'no such file'),
+        ('table networks --write no/such/file.md', 'no such file'),
+        ('table networks --write pyproject.toml', 'must have one place'),
+        ('table networks --passes', '--passes is for the table of mechanisms'),
+        ('table network', 'networks'),
         ('table --write pyproject.toml', 'must have one place'),
         ('table --passes secc', "'secc' is not registered"),
         ('benchmark secc', "'secc' is not registered"),
@@ -204,6 +225,77 @@ def test_benchmark_prints_each_row_and_writes_them(monkeypatch, tmp_path, capsys
     assert f'gc 8x56x56x64 {times} {times} 0.50 1.25' in lines
     assert 'gc 8x56x56x64 - - - - - - x is too small' in lines
     assert 'Python ?, jax 1.2.3' in lines
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A file of a tiny network under PyTorch's names, with timm's config.json beside it."""
+    module = attention_jax.create_model('tiny_resnet', num_classes=4)
+    variables = helpers.random_variables(module, np.ones((1, 8, 8, 1)), dtype=np.float32)
+    path = tmp_path / 'theirs.safetensors'
+    files.write(path, torch.to_state_dict('tiny_resnet', variables), {})
+    config = {'architecture': 'tiny_resnet', 'pretrained_cfg': {'crop_pct': 0.9, 'license': 'mit'}}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    return path
+
+
+def test_convert_there_and_back(foreign, capsys):
+    ours, back = foreign.with_name('ours.safetensors'), foreign.with_name('back.safetensors')
+    assert cli.main(['convert', str(foreign), str(ours)]) == 0
+    lines = [' '.join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert 'model tiny_resnet num_classes=4' in lines
+    assert f'from {foreign} read as torchvision' in lines
+    assert 'images 224x224 crop 0.9, bicubic' in lines
+    assert 'licence mit' in lines
+    card = pretrained.read_card(ours)
+    assert (card.model, card.arguments, card.licence) == ('tiny_resnet', {'num_classes': 4}, 'mit')
+    assert card.source == str(foreign)
+
+    assert cli.main(['convert', str(ours), str(back), '--to', 'torch']) == 0
+    wanted, got = files.read_arrays(foreign), files.read_arrays(back)
+    assert set(got) == set(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(got[name], value)
+
+    arguments = ['--arguments', '{"num_classes": 2, "attention": "se"}', '--channels', '3']
+    assert cli.main(['convert', str(ours), str(back), *arguments]) == 0
+    assert 'new' in capsys.readouterr().out
+    card = pretrained.read_card(back)
+    assert card.arguments['attention'] == 'se'
+    module, variables, report = attention_jax.load_pretrained('tiny_resnet', back)
+    assert (module.num_classes, report.new) == (2, ())
+    assert variables['params']['stem_conv1']['kernel'].shape == (3, 3, 3, 16)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'what'),
+    [
+        (('none.safetensors', 'x.safetensors'), 'does not exist'),
+        (('theirs.safetensors', 'x.pth'), 'must end in .safetensors'),
+        (('theirs.safetensors', 'no/x.safetensors'), 'no folder'),
+        (('theirs.safetensors', 'x.safetensors', '--model', 'tiny_resnt'), 'did you mean'),
+        (('theirs.safetensors', 'x.safetensors', '--model', 'cifar_resnet20'), 'missing: layer1'),
+        (('theirs.safetensors', 'x.safetensors', '--arguments', '{'), 'is not JSON'),
+        (('theirs.safetensors', 'x.safetensors', '--arguments', '3'), 'must be an object'),
+        (('theirs.safetensors', 'x.safetensors', '--source', 'timm'), "needs to='torch'"),
+        (('theirs.safetensors', 'x.safetensors', '--to', 'torch', '--source', 'a'), "source 'a'"),
+        (('theirs.safetensors', 'x.safetensors', '--to', 'caffe'), '--to'),
+    ],
+)
+def test_wrong_options_of_convert(foreign, arguments, what, capsys, monkeypatch):
+    monkeypatch.chdir(foreign.parent)
+    assert cli.main(['convert', *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith('error: ')
+    assert what in lines[0]
+    assert len(list(foreign.parent.iterdir())) == 2
+
+
+def test_convert_needs_a_name(foreign, capsys):
+    foreign.with_name('config.json').unlink()
+    assert cli.main(['convert', str(foreign), str(foreign.with_name('x.safetensors'))]) == 2
+    assert 'model is missing' in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -160,13 +160,15 @@ def _augmented_batch(
 def _augmented_example(source: Source, index: int, rng: np.random.Generator) -> Batch:
     picture, label = source.example(index)
     description = source.description
-    size = description.image_shape[:2]
+    size, interpolation = description.image_shape[:2], description.interpolation
     if source.augment == 'random_resized_crop':
-        image = transforms.to_array(transforms.random_resized_crop(picture, size, rng))
+        crop = transforms.random_resized_crop(picture, size, rng, interpolation)
+        image = transforms.to_array(crop)
         if description.flip and rng.random() < 0.5:
             image = image[:, ::-1]
     else:
-        image = transforms.to_array(transforms.resize_and_crop(picture, size))
+        whole = transforms.resize_and_crop(picture, size, interpolation=interpolation)
+        image = transforms.to_array(whole)
         if source.augment != 'none':
             offsets, flips = _draw(1, source.augment, rng)
             image = transforms.pad_crop(image[None], offsets, flips)[0]
@@ -194,13 +196,16 @@ def _plain_batch(source: Source, positions: np.ndarray) -> Batch:
 
 
 def _plain_example(source: Source, position: int) -> Batch:
-    shape = source.description.image_shape
+    description = source.description
+    shape = description.image_shape
     if position >= len(source):
         image, label = np.zeros(shape, np.uint8), 0
     else:
         picture, label = source.example(position)
-        ratio = transforms.EVAL_RATIO if source.augment == 'random_resized_crop' else 1.0
-        image = transforms.to_array(transforms.resize_and_crop(picture, shape[:2], ratio))
+        ratio = 1 / description.crop if source.augment == 'random_resized_crop' else 1.0
+        image = transforms.to_array(
+            transforms.resize_and_crop(picture, shape[:2], ratio, description.interpolation)
+        )
     return {
         'image': image,
         'label': np.int32(label),

@@ -43,6 +43,9 @@ class Description:
         mean: over the channels, of values in 0..1, to normalise with.
         std: the same.
         flip: whether a mirrored picture is still of its class.
+        crop: what evaluation keeps of a large picture: side of the centre crop over the shorter
+            side before it.
+        interpolation: Pillow's name of the filter that resizes, in small letters.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Description:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool
+    crop: float = transforms.EVAL_CROP
+    interpolation: str = 'bilinear'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,7 +99,7 @@ class Source:
         return transforms.to_picture(record['image'], channels), int(record['label'])
 
 
-def source(data_config: Any, split: str) -> Source:
+def source(data_config: Any, split: str, preprocessing: Any = None) -> Source:
     """Opens one split of a data set.
 
     Nothing is downloaded: a TFDS name must be prepared in `data_dir`, as array_record.
@@ -112,6 +117,12 @@ def source(data_config: Any, split: str) -> Source:
             `cache`: True holds the decoded pictures in memory, False does not; None or 'auto' does
             if they all have one size and take less than 1 GiB.
         split: a TFDS split string: 'train', 'train[:90%]', 'train[90%:]+test'.
+        preprocessing: an object with the attributes below, to take in place of the data set's own;
+            None changes nothing.
+            `mean`, `std`: as in `Description`; for as many channels as the pictures have, else the
+            data set's own are kept.
+            `crop`, `interpolation`: as in `Description`.
+            `input_size`: (h, w) where neither `image_size` nor the data set says one.
 
     Returns:
         The source, with its description.
@@ -124,11 +135,11 @@ def source(data_config: Any, split: str) -> Source:
     if not isinstance(name, str) or not name:
         raise ValueError(f"data.name {name!r} must be 'digits' or the name of a TFDS data set")
     if name == 'digits':
-        return _digits(data_config, split)
-    return _tfds(data_config, name, split)
+        return _digits(data_config, split, preprocessing)
+    return _tfds(data_config, name, split, preprocessing)
 
 
-def _digits(data_config: Any, split: str) -> Source:
+def _digits(data_config: Any, split: str, preprocessing: Any) -> Source:
     """scikit-learn's `load_digits` (UCI optical recognition of handwritten digits), from memory."""
     from sklearn.datasets import load_digits  # over a second to import
 
@@ -156,6 +167,7 @@ def _digits(data_config: Any, split: str) -> Source:
         std=(float(train.std()),),
         flip=False,
     )
+    description = _prepared_as(description, preprocessing)
     augment = _augmentation(data_config, description, native=(32, 32))
     _cache_setting(data_config)  # always in memory; only a wrong value matters
     return Source(
@@ -167,7 +179,7 @@ def _digits(data_config: Any, split: str) -> Source:
     )
 
 
-def _tfds(data_config: Any, name: str, split: str) -> Source:
+def _tfds(data_config: Any, name: str, split: str, preprocessing: Any) -> Source:
     """A prepared TFDS data set through its random-access reader, which needs no TensorFlow."""
     import tensorflow_datasets as tfds
 
@@ -180,9 +192,10 @@ def _tfds(data_config: Any, name: str, split: str) -> Source:
     default = _IMAGENET if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
     mean, std = _STATISTICS.get(base, default)
     native = None if None in image.shape else (image.shape[0], image.shape[1])
+    usual = getattr(preprocessing, 'input_size', (_DEFAULT_SIZE,) * 2)
     description = Description(
         name=name,
-        image_shape=(*(_image_size(data_config) or native or (_DEFAULT_SIZE,) * 2), channels),
+        image_shape=(*(_image_size(data_config) or native or usual), channels),
         num_classes=label.num_classes,
         class_names=tuple(label.names),
         splits=splits,
@@ -190,6 +203,7 @@ def _tfds(data_config: Any, name: str, split: str) -> Source:
         std=std,
         flip=base == 'fashion_mnist' or not any(word in base for word in _NO_FLIP),
     )
+    description = _prepared_as(description, preprocessing)
     augment = _augmentation(data_config, description, native)
     # Encoded bytes: Pillow decodes them the same way whether OpenCV is installed or not.
     encoded = isinstance(image, tfds.features.Image)
@@ -211,8 +225,18 @@ def _tfds(data_config: Any, name: str, split: str) -> Source:
         cache = native is not None and count * math.prod(stored) * channels < _CACHE_LIMIT
     if not cache:
         return Source(description, split, augment, records=records)
-    images, labels = _decode_all(records, (*stored, channels))
+    images, labels = _decode_all(records, (*stored, channels), description.interpolation)
     return Source(description, split, augment, images=images, labels=labels)
+
+
+def _prepared_as(description: Description, preprocessing: Any) -> Description:
+    """The description with what `preprocessing` says, where it fits the pictures."""
+    if preprocessing is None:
+        return description
+    changes = {'crop': preprocessing.crop, 'interpolation': preprocessing.interpolation}
+    if len(preprocessing.mean) == description.image_shape[-1]:
+        changes |= {'mean': preprocessing.mean, 'std': preprocessing.std}
+    return dataclasses.replace(description, **changes)
 
 
 def _ranges(name: str, split: str, splits: Mapping[str, int]) -> list[tuple[str, int, int]]:
@@ -303,11 +327,15 @@ def _stored(images: np.ndarray, description: Description, augment: str) -> np.nd
     resized = np.empty((len(images), h, w, c), np.uint8)
     for i, image in enumerate(images.reshape(*images.shape[:3], c)):
         picture = transforms.to_picture(image, c)
-        resized[i] = transforms.to_array(transforms.resize_and_crop(picture, (h, w)))
+        resized[i] = transforms.to_array(
+            transforms.resize_and_crop(picture, (h, w), interpolation=description.interpolation)
+        )
     return resized
 
 
-def _decode_all(records: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _decode_all(
+    records: Any, shape: tuple[int, int, int], interpolation: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Decodes a whole split into uint8 [n, h, w, c] and int32 [n].
 
     In blocks, because reading records one by one costs more than decoding them; in one thread,
@@ -320,6 +348,8 @@ def _decode_all(records: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, 
         stop = min(start + _BLOCK, len(records))
         for i, record in enumerate(records.__getitems__(list(range(start, stop))), start):
             picture = transforms.to_picture(record['image'], shape[-1])
-            images[i] = transforms.to_array(transforms.resize_and_crop(picture, shape[:2]))
+            images[i] = transforms.to_array(
+                transforms.resize_and_crop(picture, shape[:2], interpolation=interpolation)
+            )
             labels[i] = record['label']
     return images, labels

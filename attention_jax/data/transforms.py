@@ -15,7 +15,7 @@ from PIL import Image
 PADDING = 4  # pixels on each side, of 32: He et al. 2016 (arXiv:1512.03385), section 4.2
 CROP_AREA = (0.08, 1.0)  # fraction of the picture: Szegedy et al. 2015 (arXiv:1409.4842), section 6
 CROP_ASPECT = (3 / 4, 4 / 3)  # width over height, the same section
-EVAL_RATIO = 256 / 224  # shorter side before the centre crop, over the crop's side
+EVAL_CROP = 224 / 256  # side of the centre crop over the shorter side before it
 
 _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # Pillow's names for the channel counts
 CHANNELS = tuple(_MODES)
@@ -39,23 +39,29 @@ def to_array(picture: Image.Image) -> np.ndarray:
     return array[..., None] if array.ndim == 2 else array
 
 
-def resize_and_crop(picture: Image.Image, size: tuple[int, int], ratio: float = 1.0) -> Image.Image:
+def resize_and_crop(
+    picture: Image.Image,
+    size: tuple[int, int],
+    ratio: float = 1.0,
+    interpolation: str = 'bilinear',
+) -> Image.Image:
     """Resizes so that `ratio` times `size` is just covered, then crops the centre.
 
-    For a square `size` the shorter side becomes `ratio` times it: with `EVAL_RATIO` the usual
-    evaluation on ImageNet (224 out of 256). Bilinear with anti-aliasing, as Pillow does it.
+    For a square `size` the shorter side becomes `ratio` times it: with `1 / EVAL_CROP` the usual
+    evaluation on ImageNet (224 out of 256). With anti-aliasing, as Pillow does it.
 
     Args:
         picture: any size.
         size: (height, width) of the result.
         ratio: at least 1.
+        interpolation: Pillow's name of the filter, in small letters.
     """
     height, width = size
     scale = max(ratio * height / picture.height, ratio * width / picture.width)
     # The side that decides comes out exact; rounding can never leave less than the crop needs.
     resized = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
     if resized != picture.size:
-        picture = picture.resize(resized, Image.Resampling.BILINEAR)
+        picture = picture.resize(resized, Image.Resampling[interpolation.upper()])
     left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
     return picture.crop((left, top, left + width, top + height))
 
@@ -86,11 +92,14 @@ def random_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, 
 
 
 def random_resized_crop(
-    picture: Image.Image, size: tuple[int, int], rng: np.random.Generator
+    picture: Image.Image,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    interpolation: str = 'bilinear',
 ) -> Image.Image:
     """A random box of the picture (`random_box`), resized to `size` (height, width)."""
     box = random_box(picture.height, picture.width, rng)
-    return picture.crop(box).resize(size[::-1], Image.Resampling.BILINEAR)
+    return picture.crop(box).resize(size[::-1], Image.Resampling[interpolation.upper()])
 
 
 def pad_crop(

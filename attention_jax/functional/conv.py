@@ -2,11 +2,12 @@
 
 One convolution is one mathematical function, but no single program for it is fast everywhere: a
 1x1 convolution on a CPU is several times faster as a flat matrix product, and slower so on a TPU;
-a grouped convolution is best merged into 16 channels on a CPU, 128 on a TPU, and left alone on a
-GPU. `lax.platform_dependent` keeps only the branch of the device that is compiled for.
+a grouped convolution is best one product a group on a CPU, merged into 128 channels on a TPU, and
+left alone on a GPU. `lax.platform_dependent` keeps only the branch of the device at hand.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -23,9 +24,7 @@ Ints = tuple[int, ...]
 
 # Compile time grows with the taps: beyond a 7x7 window XLA's own depthwise convolution is used.
 _MOST_SHIFTS = 49
-# Channels that a dense convolution made of merged groups sees: one vector on a CPU, one tile of the
-# matrix unit on a TPU.
-_CPU_CHANNELS = 16
+# Channels that a dense convolution made of merged groups sees on a TPU: a tile of the matrix unit.
 _TPU_CHANNELS = 128
 
 
@@ -186,12 +185,11 @@ def _lower(
         return lax.platform_dependent(x, kernel, cpu=shifts, default=plain)
     if groups == channels == features:
         return plain(x, kernel)
-    merged = functools.partial(_merged, **settings, groups=groups)
     return lax.platform_dependent(
         x,
         kernel,
-        cpu=functools.partial(merged, width=_CPU_CHANNELS),
-        tpu=functools.partial(merged, width=_TPU_CHANNELS),
+        cpu=functools.partial(_columns, **settings, groups=groups),
+        tpu=functools.partial(_merged, **settings, groups=groups, width=_TPU_CHANNELS),
         default=per_example(plain),
     )
 
@@ -281,8 +279,7 @@ def _merged(
     """Grouped convolution as dense convolutions that see about `width` channels each.
 
     Neighbouring groups share a dense convolution whose kernel is zero between them: more work on
-    paper, but XLA's CPU gradient of a grouped convolution is hundreds of times slower, and its
-    partitioner gathers the batch for it on CPU and GPU.
+    paper, but full tiles of the matrix unit.
     """
     *window, inputs, features = kernel.shape
     merge = max(min(width // inputs, groups), 1)
@@ -299,6 +296,39 @@ def _merged(
         for part, piece in enumerate(jnp.split(x, parts, -1))
     ]
     return jnp.concatenate(results, -1)
+
+
+def _columns(
+    x: jax.Array, kernel: jax.Array, *, strides: Ints, pads: Pads, dilation: Ints, groups: int
+) -> jax.Array:
+    """Grouped convolution as a product a group, of the windows laid out side by side.
+
+    XLA's CPU gradient of a grouped convolution is hundreds of times slower, and its partitioner
+    gathers the batch for it. The windows are laid out again for the gradient, not kept.
+    """
+    *window, inputs, features = kernel.shape
+    out = _output_sizes(x.shape[1:-1], tuple(window), strides, pads, dilation)
+    span = [(n - 1) * s + 1 for n, s in zip(out, strides, strict=True)]
+    taps = list(itertools.product(*map(range, window)))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        pieces = []
+        for tap in taps:
+            low = [i * d for i, d in zip(tap, dilation, strict=True)]
+            high = [a + n for a, n in zip(low, span, strict=True)]
+            ends = (*x.shape[:2], *high, inputs)
+            pieces.append(lax.slice(x, (0, 0, *low, 0), ends, (1, 1, *strides, 1)))
+        columns = jnp.concatenate(pieces, -1).reshape(groups, -1, len(taps) * inputs)
+        return columns @ kernel
+
+    batch = x.shape[0]
+    x = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, inputs), -2, 0)  # [g, b, *spatial, c / g]
+    borders = ((0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0))
+    x = lax.pad(x, jnp.zeros((), x.dtype), borders)
+    kernel = kernel.reshape(len(taps) * inputs, groups, features // groups).swapaxes(0, 1)
+    y = product(x, kernel).reshape(groups, batch, *out, features // groups)
+    return jnp.moveaxis(y, 0, -2).reshape(batch, *out, features)
 
 
 def _shifts(

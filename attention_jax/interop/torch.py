@@ -5,9 +5,10 @@ A registry entry says for each naming scheme in the wild how its names map to ou
 """
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,11 @@ from flax import linen as nn
 from flax import traverse_util
 
 from attention_jax import registry
+from attention_jax.interop.preprocessing import Preprocessing
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]  # our path -> shape and type
+# The foreign names of an array, with its einops pattern if the table gives one.
+_Foreign = tuple[tuple[str, ...], str | None]
 
 # Our leaf -> PyTorch's, for a whole layer ('fc1.*').
 _LEAVES = {
@@ -34,9 +40,13 @@ _KERNELS = {
     5: 'o i t h w -> t h w i o',
 }
 _WITHOUT_COUNTERPART = ('num_batches_tracked',)
+# What DataParallel and detectors put before every name.
+_PREFIXES = ('module.', 'backbone.')
 
 # Sides that every pool, grid and group of frames in use divides.
 _TRIAL_SIDE = 96
+_TRIAL_FRAMES = 8
+_LISTED = 10  # names of each kind that a report prints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +59,10 @@ class Report:
         unused: names of the state dict that have no place in the module.
         mismatched: name -> (its shape, our shape).
         ignored: names whose arrays the foreign module holds and never uses; no fault.
+        new: our arrays that `load_pretrained` initialised, because what was asked for is not what
+            the weights are of (classes, channels, an added mechanism); no fault.
+        dropped: arrays of the weights, by our path, that have no place for the same reason.
+        preprocessing: how images are prepared for these weights; `load_pretrained` fills it in.
     """
 
     source: str
@@ -58,6 +72,9 @@ class Report:
         default_factory=dict
     )
     ignored: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
 
     @property
     def faults(self) -> int:
@@ -65,12 +82,22 @@ class Report:
         return len(self.missing) + len(self.unused) + len(self.mismatched)
 
     def __str__(self) -> str:
-        lines = [f'read as {self.source!r}']
-        lines += [f'missing: {name}' for name in self.missing]
-        lines += [f'unused: {name}' for name in self.unused]
-        lines += [
-            f'shape of {n}: {theirs}, ours is {o}' for n, (theirs, o) in self.mismatched.items()
+        shapes = [
+            f'shape of {name} is {theirs}, ours {ours}'
+            for name, (theirs, ours) in self.mismatched.items()
         ]
+        kinds = {
+            'missing': self.missing,
+            'unused': self.unused,
+            'mismatched': shapes,
+            'new': self.new,
+            'dropped': self.dropped,
+        }
+        lines = [f'read as {self.source!r}']
+        for kind, names in kinds.items():
+            more = f' and {len(names) - _LISTED} more' if len(names) > _LISTED else ''
+            if names:
+                lines.append(f'{len(names)} {kind}: {", ".join(names[:_LISTED])}{more}')
         return '; '.join(lines)
 
 
@@ -98,25 +125,8 @@ def from_state_dict(
     Raises:
         ValueError: unknown name or scheme, no table of names, or (strict) arrays that do not fit.
     """
-    entry, module = _build(name, arguments)
-    arrays = {
-        _strip_prefix(key, state_dict): np.asarray(value)
-        for key, value in state_dict.items()
-        if key.rpartition('.')[2] not in _WITHOUT_COUNTERPART
-    }
-    best = None
-    for scheme, names in _schemes(entry, module, source).items():
-        for leaves in _trial_leaves(entry, module, arrays):
-            variables, report = _read(arrays, names, leaves, scheme)
-            if best is None or report.faults < best[1].faults:
-                best = variables, report
-            if report.faults == 0:
-                break
-        if best is not None and best[1].faults == 0:
-            break
-    if best is None:
-        raise ValueError(f'{name!r} with these arguments accepts no input: check {arguments}')
-    variables, report = best
+    entry, module = build(name, arguments)
+    variables, report = read(entry, module, clean(state_dict), source)
     if strict and report.faults:
         raise ValueError(f'the state dict does not fit {name!r}: {report}')
     return module, traverse_util.unflatten_dict(variables, sep='/'), report
@@ -130,7 +140,7 @@ def to_state_dict(
     Args:
         name: registry name of a mechanism or network.
         variables: its variables, every collection.
-        source: naming scheme; None is the authors'.
+        source: naming scheme, or what stands before its dot; None is the authors'.
         **arguments: the module's own arguments.
 
     Returns:
@@ -139,12 +149,13 @@ def to_state_dict(
     Raises:
         ValueError: unknown name or scheme, or a variable that the scheme has no name for.
     """
-    entry, module = _build(name, arguments)
+    entry, module = build(name, arguments)
     scheme, names = next(iter(_schemes(entry, module, source).items()))
+    find = _finder(names)
     result = {}
     for path, value in traverse_util.flatten_dict(dict(variables), sep='/').items():
         collection, _, ours = path.partition('/')
-        found = _foreign(ours, names)
+        found = find(ours)
         if found is None:
             raise ValueError(f'scheme {scheme!r} of {name!r} has no name for {collection}/{ours}')
         theirs, pattern = found
@@ -155,7 +166,8 @@ def to_state_dict(
     return result
 
 
-def _build(name: str, arguments: Mapping[str, Any]) -> tuple[Any, nn.Module]:
+def build(name: str, arguments: Mapping[str, Any]) -> tuple[Any, nn.Module]:
+    """The registry's entry of a mechanism or network, and the module."""
     if name in registry.list_attention():
         return registry.attention_entry(name), registry.create_attention(name, **arguments)
     return registry.model_entry(name), registry.create_model(name, **arguments)
@@ -164,51 +176,150 @@ def _build(name: str, arguments: Mapping[str, Any]) -> tuple[Any, nn.Module]:
 def _schemes(
     entry: Any, module: nn.Module, source: str | None
 ) -> Mapping[str, Mapping[str, registry.TorchName]]:
-    """The naming schemes to try: all of the entry's, or the one asked for."""
+    """The naming schemes to try: all of the entry's, the one asked for, or those that begin so."""
     schemes = entry.torch_names(module) if callable(entry.torch_names) else entry.torch_names
     if not schemes:
         raise ValueError(f'{entry.name!r} has no table of PyTorch names')
     if source is None:
         return schemes
-    if source not in schemes:
+    if source in schemes:
+        return {source: schemes[source]}
+    chosen = {s: names for s, names in schemes.items() if s.startswith(f'{source}.')}
+    if not chosen:
         raise ValueError(f'source {source!r} is unknown for {entry.name!r}: {", ".join(schemes)}')
-    return {source: schemes[source]}
+    return chosen
 
 
-def _strip_prefix(key: str, state_dict: Mapping[str, Any]) -> str:
-    """Drops the prefix that PyTorch's DataParallel puts before every name."""
-    prefix = 'module.'
-    return key.removeprefix(prefix) if all(k.startswith(prefix) for k in state_dict) else key
+def clean(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays that count, without the prefixes that wrappers put before every name."""
+    arrays = {
+        key: np.asarray(value)
+        for key, value in state_dict.items()
+        if key.rpartition('.')[2] not in _WITHOUT_COUNTERPART
+    }
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in arrays):
+            arrays = {key.removeprefix(prefix): value for key, value in arrays.items()}
+    return arrays
 
 
-def _trial_leaves(
-    entry: Any, module: nn.Module, arrays: Mapping[str, np.ndarray]
+def read(
+    entry: Any, module: nn.Module, arrays: Mapping[str, np.ndarray], source: str | None = None
+) -> tuple[dict[str, np.ndarray], Report]:
+    """Reads arrays under PyTorch's names, as the scheme and the number of channels that fit best.
+
+    Args:
+        entry: the registry's entry of the module.
+        module: a mechanism or network.
+        arrays: see `clean`.
+        source: naming scheme; None tries each.
+
+    Returns:
+        Our path -> array, and the report.
+
+    Raises:
+        ValueError: no table of names, an unknown scheme, or a module that accepts no input.
+    """
+    if isinstance(entry, registry.ModelEntry):
+        return read_network(entry, module, arrays, source)[:2]
+    best = None
+    for attempt in _attempts(entry, module, arrays, source):
+        for leaves in trial_shapes(entry, module, arrays):
+            found = attempt(leaves)
+            if best is None or found[1].faults < best[1].faults:
+                best = found
+            if best[1].faults == 0:
+                return best
+    if best is None:
+        raise ValueError(f'{entry.name!r} accepts no input with these arguments: {module}')
+    return best
+
+
+def read_network(
+    entry: registry.ModelEntry,
+    module: nn.Module,
+    arrays: Mapping[str, np.ndarray],
+    source: str | None = None,
+) -> tuple[dict[str, np.ndarray], Report, int]:
+    """Reads a network's arrays as `read` does, and returns its number of input channels too."""
+    attempts = _attempts(entry, module, arrays, source)
+
+    def best(leaves: Shapes) -> tuple[dict[str, np.ndarray], Report]:
+        return min((attempt(leaves) for attempt in attempts), key=lambda found: found[1].faults)
+
+    return fit_channels(entry, module, best, axis=1)
+
+
+def network_shapes(
+    entry: registry.ModelEntry, module: nn.Module, channels: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Our path -> shape and type of every variable of a network that reads `channels`."""
+    variables = jax.eval_shape(module.init, jax.random.key(0), example(entry, module, channels))
+    return traverse_util.flatten_dict(variables, sep='/')
+
+
+def example(entry: registry.ModelEntry, module: nn.Module, channels: int) -> jax.ShapeDtypeStruct:
+    """What the network is called with: one image, or one video where it has a time axis."""
+    frames = (_TRIAL_FRAMES,) if getattr(module, 'spatial_dims', 2) == 3 else ()
+    return jax.ShapeDtypeStruct((1, *frames, *entry.input_size, channels), np.float32)
+
+
+def fit_channels(
+    entry: registry.ModelEntry,
+    module: nn.Module,
+    read: Callable[[Shapes], tuple[dict[str, np.ndarray], Report]],
+    *,
+    axis: int,
+) -> tuple[dict[str, np.ndarray], Report, int]:
+    """Reads a network's arrays for three input channels, then for those of its first kernel.
+
+    Args:
+        entry: the registry's entry.
+        module: the network.
+        read: a function of our path -> shape that gives the arrays and the report.
+        axis: of the input channels in a kernel as `read` reports it.
+
+    Returns:
+        Our path -> array, the report, and the number of input channels.
+    """
+    channels = 3
+    variables, report = read(network_shapes(entry, module, channels))
+    others = {
+        theirs[axis]
+        for theirs, ours in report.mismatched.values()
+        if len(theirs) == len(ours) > 3 and ours[-2] == channels and theirs[axis] != channels
+    }
+    for other in others:
+        found = read(network_shapes(entry, module, other))
+        if found[1].faults < report.faults:
+            (variables, report), channels = found, other
+    return variables, report, channels
+
+
+def trial_shapes(
+    entry: registry.AttentionEntry, module: nn.Module, arrays: Mapping[str, np.ndarray]
 ) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
-    """Our arrays' shapes for every number of input channels that the state dict makes plausible.
+    """A mechanism's shapes for every number of input channels that the state dict makes plausible.
 
     A state dict does not say how many channels its module reads. Abstract initialisation is cheap,
     so each length that occurs in it is tried, then what kernels of grouped convolutions may see in
     all, then the powers of two (for modules whose arrays do not depend on the channels).
     """
-    if isinstance(entry, registry.ModelEntry):
-        candidates = [a.shape[1] for a in arrays.values() if a.ndim == 4][:1] or [3]
-        spatial_dims = 2
-    else:
-        lengths = {length for a in arrays.values() for length in a.shape}
-        grouped = {
-            a.shape[1] * groups
-            for a in arrays.values()
-            if a.ndim > 2 and math.prod(a.shape[2:]) > 1
-            for groups in range(1, a.shape[0] + 1)
-            if a.shape[0] % groups == 0
-        }
-        candidates = sorted(lengths, reverse=True) + sorted(grouped) + [2**i for i in range(12)]
-        spatial_dims = getattr(module, 'spatial_dims', 2)
+    lengths = {length for a in arrays.values() for length in a.shape}
+    grouped = {
+        a.shape[1] * groups
+        for a in arrays.values()
+        if a.ndim > 2 and math.prod(a.shape[2:]) > 1
+        for groups in range(1, a.shape[0] + 1)
+        if a.shape[0] % groups == 0
+    }
+    candidates = sorted(lengths, reverse=True) + sorted(grouped) + [2**i for i in range(12)]
+    spatial_dims = getattr(module, 'spatial_dims', 2)
 
     def trial(channels: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((2, *[_TRIAL_SIDE] * spatial_dims, channels), np.float32)
 
-    context = getattr(entry, 'context_channels', None)
+    context = entry.context_channels
     further = jax.tree.map(trial, context(arrays)) if context else ()
     for channels in candidates:
         try:
@@ -218,16 +329,27 @@ def _trial_leaves(
         yield traverse_util.flatten_dict(variables, sep='/')
 
 
+def _attempts(
+    entry: Any, module: nn.Module, arrays: Mapping[str, np.ndarray], source: str | None
+) -> list[Callable[[Shapes], tuple[dict[str, np.ndarray], Report]]]:
+    """For each naming scheme the function of our shapes that reads the arrays by it."""
+    return [
+        functools.partial(_read, arrays, names, _finder(names), scheme)
+        for scheme, names in _schemes(entry, module, source).items()
+    ]
+
+
 def _read(
     arrays: Mapping[str, np.ndarray],
     names: Mapping[str, registry.TorchName],
-    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    find: Callable[[str], _Foreign | None],
     scheme: str,
+    leaves: Shapes,
 ) -> tuple[dict[str, np.ndarray], Report]:
     variables, missing, mismatched, used = {}, [], {}, set()
     for path, leaf in leaves.items():
         ours = path.partition('/')[2]
-        found = _foreign(ours, names)
+        found = find(ours)
         theirs, pattern = found or ((path,), None)
         absent = [name for name in theirs if found is None or name not in arrays]
         used.update(theirs)
@@ -246,36 +368,69 @@ def _read(
     return variables, Report(scheme, tuple(missing), unused, mismatched, ignored)
 
 
-def _foreign(
-    path: str, names: Mapping[registry.ForeignName, registry.TorchName]
-) -> tuple[tuple[str, ...], str | None] | None:
-    """The foreign names of our array at `path`, with its einops pattern if the table gives one.
+def _finder(
+    names: Mapping[registry.ForeignName, registry.TorchName],
+) -> Callable[[str], _Foreign | None]:
+    """A function from our path to the foreign names of the array there, or None.
 
-    One name, or several of arrays that are stacked.
+    One name, or several of arrays that are stacked. A network's table has a line for each layer,
+    so the lines are looked up by what of our path they spell out; the first that fits counts.
     """
-    for key, value in names.items():
+    lines: dict[str, list[tuple[int, Callable[[str], _Foreign | None]]]] = {}
+    inner: dict[int, Callable[[str], _Foreign | None]] = {}  # one submodule's table, many places
+    for number, (key, value) in enumerate(names.items()):
         if value is None:
             continue
         ours, extra = (value, None) if isinstance(value, str) else value
-        match = re.fullmatch(_regular_expression(ours), path)
+        if isinstance(extra, Mapping) and id(extra) not in inner:
+            inner[id(extra)] = _finder(extra)
+        special = re.search(r'[{*]', ours)
+        literal = ours[: special.start()].rpartition('/')[0] if special else ours
+        line = _line(key, ours, extra, inner.get(id(extra)))
+        lines.setdefault(literal, []).append((number, line))
+
+    def find(path: str) -> _Foreign | None:
+        ends = [0, *(m.start() for m in re.finditer('/', path)), len(path)]
+        near = [line for end in ends for line in lines.get(path[:end], ())]
+        for _, line in sorted(near, key=lambda numbered: numbered[0]):
+            found = line(path)
+            if found is not None:
+                return found
+        return None
+
+    return find
+
+
+def _line(
+    key: registry.ForeignName,
+    ours: str,
+    extra: Any,
+    inner: Callable[[str], _Foreign | None] | None,
+) -> Callable[[str], _Foreign | None]:
+    """One line of a table as a function of our path."""
+    expression = re.compile(_regular_expression(ours))
+    theirs = (key,) if isinstance(key, str) else key
+
+    def find(path: str) -> _Foreign | None:
+        match = expression.fullmatch(path)
         if match is None:
-            continue
-        theirs = (key,) if isinstance(key, str) else key
+            return None
         fields = match.groupdict()
         rest, leaf = fields.pop('rest', None), fields.pop('leaf', None)
         if rest is not None:
-            inner = _foreign(rest, extra)
-            if inner is None:
-                continue
+            found = inner(rest)
+            if found is None:
+                return None
             prefix = key.format(**fields).removesuffix('**')
-            return tuple(prefix + name for name in inner[0]), inner[1]
-        found = tuple(name.format(**fields) for name in theirs)
+            return tuple(prefix + name for name in found[0]), found[1]
+        names, pattern = tuple(name.format(**fields) for name in theirs), extra
         if leaf is not None:
-            found = tuple(name.removesuffix('*') + _LEAVES[leaf] for name in found)
+            names = tuple(name.removesuffix('*') + _LEAVES[leaf] for name in names)
             if leaf in ('mean', 'var') or (leaf in ('bias', 'scale') and _is_kernel(extra)):
-                extra = None
-        return found, extra
-    return None
+                pattern = None
+        return names, pattern
+
+    return find
 
 
 def _regular_expression(ours: str) -> str:

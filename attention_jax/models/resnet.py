@@ -230,8 +230,8 @@ class ResNet(nn.Module):
 
         Returns:
             Logits `[b, num_classes]`, or pooled features `[b, c]` without a head; with
-            `return_stages` a pair of these and a dict: `stem`, `stage1`... `[b, h', w', c']`, and
-            `pre_logits` `[b, c]`.
+            `return_stages` a pair of these and a dict: `stem`, `stage1`... and `features` if there
+            are any `[b, h', w', c']`, and `pre_logits` `[b, c]`.
 
         Raises:
             ValueError: an image smaller than the network's stride, or what the mechanism refuses.
@@ -301,7 +301,7 @@ class ResNet(nn.Module):
                 **types,
             )(x)
             x = BatchNorm(name='features_norm', **types)(x, train=train)
-            x = _ACTIVATIONS[self.activation](x)
+            x = stages['features'] = _ACTIVATIONS[self.activation](x)
         x = self._pool(x, train=train)
         stages['pre_logits'] = x
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)

@@ -245,7 +245,7 @@ def _register_se() -> None:
             _register(authors, description, paper='arXiv 1709.01507', names=_LEGACY_NAMES)
         _register(
             legacy,
-            description,
+            {**description, 'dropout_rate': 0.2},  # timm's default for all of them
             paper='arXiv 1709.01507, as timm has it',
             names=_LEGACY_NAMES,
         )

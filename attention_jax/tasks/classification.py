@@ -39,8 +39,8 @@ def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
     """
     model = config.model
     arguments = {}
-    for key in ('attention', 'attention_args', 'placement'):
-        if model[key]:
+    for key in ('attention', 'attention_args', 'placement', 'identity_init'):
+        if model.get(key):
             arguments[key] = _plain(model[key])
     if config.train.compute_dtype != 'float32':
         arguments['dtype'] = jnp.dtype(config.train.compute_dtype)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,18 +19,31 @@ from ml_collections import ConfigDict
 
 from attention_jax import data
 from attention_jax.analysis.tables import parameter_table
+from attention_jax.interop import pretrained
+from attention_jax.interop.preprocessing import Preprocessing, from_dataset
 from attention_jax.tasks import create_task
 from attention_jax.training import checkpoints, metrics, sharding
 from attention_jax.training.optimizer import make_optimizer, make_schedule
 from attention_jax.training.progress import ProgressLine
-from attention_jax.training.state import abstract_state, create_state, make_init, parameter_count
+from attention_jax.training.state import (
+    abstract_state,
+    create_state,
+    make_init,
+    parameter_count,
+    start_from,
+)
 from attention_jax.training.step import (
     jit_eval_step,
     jit_train_step,
     make_eval_step,
     make_train_step,
 )
-from attention_jax.training.workdir import check_config, refuse_another_config, write_description
+from attention_jax.training.workdir import (
+    check_config,
+    read_config,
+    refuse_another_config,
+    write_description,
+)
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -65,8 +79,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     batch_size = config.train.batch_size
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch_size(batch_size, mesh)
-    source = data.source(config.data, config.data.split)
-    test_source = data.source(config.data, config.data.test_split)
+    preprocessing = preprocessing_of(config, workdir)
+    source = data.source(config.data, config.data.split, preprocessing)
+    test_source = data.source(config.data, config.data.test_split, preprocessing)
     batches = data.train_batches(
         source, config.data, batch_size=batch_size, seed=config.train.seed, **this_process()
     )
@@ -92,6 +107,20 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     init = make_init(task.model, optimizer, inputs, ema=config.train.ema_decay > 0)
     abstract = abstract_state(init, mesh)
 
+    @functools.cache
+    def weights() -> tuple[dict[str, Any], Any]:
+        example = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
+        return pretrained.load_variables(
+            config.model.name,
+            task.model,
+            config.model.pretrained,
+            example,
+            seed=config.train.seed,
+        )
+
+    if config.model.pretrained and not any((workdir / 'checkpoints').glob('[0-9]*')):
+        weights()  # refused now, if at all; a run that goes on needs them no more
+
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
         stack.enter_context(jax.set_mesh(mesh))
@@ -115,6 +144,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         if restored is None:
             with progress.working('Initialising'):
                 state = create_state(init, abstract, config.train.seed)
+                if config.model.pretrained:
+                    variables, report = weights()
+                    state = start_from(state, abstract, variables)
+                    progress.say(f'Starting from {config.model.pretrained}: {report}')
             saved = {'position': batches.get_state(), 'window': {}, 'seconds': 0.0}
         else:
             state, saved = restored
@@ -237,7 +270,7 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, f
     batch_size = config.train.batch_size
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch_size(batch_size, mesh)
-    source = data.source(config.data, config.data.test_split)
+    source = data.source(config.data, config.data.test_split, preprocessing_of(config, workdir))
     batches = data.eval_batches(source, config.data, batch_size=batch_size, **this_process())
     task = create_task(config, source.description)
     with (
@@ -249,6 +282,18 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, f
         results = run_evaluation(task, eval_step, variables, batches, mesh)
     say(f'{describe(results)}  at step {step}, {len(source)} examples')
     return results
+
+
+def preprocessing_of(config: ConfigDict, workdir: pathlib.Path) -> Preprocessing | None:
+    """Returns the preprocessing of `model.pretrained`, or None for the dataset's own.
+
+    A run that goes on has it in its work directory and does not look for the weights.
+    """
+    if not config.model.pretrained or config.data.preprocessing == 'dataset':
+        return None
+    if (workdir / 'config.json').is_file():
+        return from_dataset(read_config(workdir).dataset)
+    return pretrained.read_preprocessing(config.model.name, config.model.pretrained)
 
 
 @dataclasses.dataclass

@@ -66,7 +66,7 @@ def make_schedule(
     After a linear warm-up from 0 over `warmup_epochs`, the rate is that of the named schedule at
     the same point of the run: `cosine` falls from `learning_rate` at the end of the warm-up to 0
     after `steps`; `steps` multiplies it by `factor` at each of `boundaries`, fractions of the whole
-    run; `constant` keeps it.
+    run; `exponential` multiplies it by `factor` after each epoch; `constant` keeps it.
 
     Args:
         config: the group `schedule`.
@@ -77,7 +77,7 @@ def make_schedule(
     Raises:
         ValueError: a key has a value that is not allowed.
     """
-    checks.choice('schedule.name', config.name, ('cosine', 'steps', 'constant'))
+    checks.choice('schedule.name', config.name, ('cosine', 'steps', 'exponential', 'constant'))
     checks.at_least('schedule.warmup_epochs', config.warmup_epochs, 0)
     boundaries = tuple(config.boundaries)
     if not all(0 < b < 1 for b in boundaries) or sorted(set(boundaries)) != list(boundaries):
@@ -101,6 +101,8 @@ def make_schedule(
         elif config.name == 'steps':
             for boundary in boundaries:
                 rate *= jnp.where(update >= round(boundary * steps), config.factor, 1.0)
+        elif config.name == 'exponential':
+            rate *= config.factor ** jnp.floor(update / steps_per_epoch)
         return rate
 
     return schedule

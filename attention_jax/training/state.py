@@ -6,6 +6,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -92,6 +93,31 @@ def create_state(init: Callable[[jax.Array], State], abstract: State, seed: int)
     options = {'xla_backend_optimization_level': 1} if on_cpu else None
     compiled = jax.jit(init, out_shardings=shardings, compiler_options=options)
     return compiled(jax.random.key(seed))
+
+
+def start_from(state: State, abstract: State, variables: Mapping[str, Any]) -> State:
+    """Returns the state before the first step with loaded variables in place of the initial ones.
+
+    Args:
+        state: see `create_state`.
+        abstract: see `abstract_state`.
+        variables: the network's, every collection, as arrays of any type.
+    """
+
+    def place(loaded: Any, like: Any) -> Any:
+        def put(x: Any, a: jax.ShapeDtypeStruct) -> jax.Array:
+            x = np.asarray(x).astype(a.dtype)
+            return jax.make_array_from_callback(a.shape, a.sharding, lambda index: x[index])
+
+        return jax.tree.map(put, loaded, like)
+
+    collections = dict(variables)
+    return state.replace(
+        params=place(collections.pop('params'), abstract.params),
+        collections=place(collections, abstract.collections),
+        # Arrays of its own: the step's donated state may not hold one twice.
+        ema=None if state.ema is None else place(dict(variables), abstract.ema),
+    )
 
 
 def parameter_count(params: Mapping[str, Any]) -> int:

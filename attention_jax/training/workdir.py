@@ -12,13 +12,23 @@ from attention_jax import checks
 from attention_jax.training import metrics
 
 # What load(workdir) and a prediction need to know of the dataset, kept beside the config.
-_DATASET = ('name', 'image_shape', 'num_classes', 'class_names', 'mean', 'std')
+_DATASET = (
+    'name',
+    'image_shape',
+    'num_classes',
+    'class_names',
+    'mean',
+    'std',
+    'crop',
+    'interpolation',
+)
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises a ValueError for a value of the group `train` that is not allowed."""
+    """Raises a ValueError for a value that is not allowed and that nothing else would refuse."""
     settings = config.train
     checks.choice('train.compute_dtype', settings.compute_dtype, ('float32', 'bfloat16'))
+    checks.choice('data.preprocessing', config.data.preprocessing, ('auto', 'dataset'))
     for key in ('epochs', 'batch_size', 'eval_every', 'log_every'):
         checks.at_least(f'train.{key}', settings[key], 1)
     for key in ('steps', 'seed', 'checkpoint_every'):

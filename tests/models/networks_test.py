@@ -75,7 +75,8 @@ def test_values_and_gradients(x64, name):
     model, variables, report = torch.from_state_dict(name, state, **arguments)
     x = np.moveaxis(helpers.generator('input', seed).standard_normal(meta['input']), 1, -1)
     cotangent = helpers.generator('cotangent/0', seed).standard_normal(meta['outputs'][0])
-    for mode in ('eval', 'train'):
+    # The stored training call of timm's legacy networks had its dropout on.
+    for mode in ('eval',) if name.startswith('legacy') else ('eval', 'train'):
         part = helpers.prefixed(stored, f'{mode}/')
         if not part:
             continue

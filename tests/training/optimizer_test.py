@@ -105,6 +105,15 @@ def test_steps_fall_at_fractions_of_the_whole_run():
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
 
 
+def test_exponential_falls_after_each_epoch():
+    rates = schedule(name='exponential', factor=0.5)
+    np.testing.assert_allclose(rates, np.repeat(0.4 * 0.5 ** np.arange(10.0), 10), rtol=1e-6)
+    # An epoch need not be a whole number of updates, and warm-up does not move its end.
+    rates = schedule(9, steps_per_epoch=2.5, name='exponential', factor=0.5, warmup_epochs=0.8)
+    expected = [0, 0.2, 0.4, 0.2, 0.2, 0.1, 0.1, 0.1, 0.05]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
 def test_constant():
     np.testing.assert_allclose(schedule(name='constant'), [0.4] * 100, rtol=1e-6)
 

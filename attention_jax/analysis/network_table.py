@@ -1,0 +1,70 @@
+"""The table of networks in docs/networks.md: what each has and costs, and what others published."""
+
+import re
+from collections.abc import Callable, Sequence
+
+from attention_jax import registry
+from attention_jax.analysis import markdown, tables
+from attention_jax.models.published import PUBLISHED
+
+PLACE = 'networks'  # of the table in its file
+FRAMES = 8  # of the video that a network of videos is counted with
+
+_COLUMNS = ('name', 'paper', 'parameters', 'MACs', 'matmul', 'input', 'published accuracy (%)')
+_ALIGNMENT = ('---', '---', '---:', '---:', '---:', '---', '---')
+
+_LEGEND = """\
+Parameters: trainable ones, for 1000 classes unless the input says otherwise. MACs:
+multiply-accumulates of convolutions and dense layers for one input of the size in pixels beside it,
+without biases, norms, activations and pools. Matmul: those of products between two activations,
+which are not among the MACs. Published accuracy: what the one in brackets claims ('authors': in
+their repository or paper), top-1 on ImageNet-1k with one crop unless it says otherwise; none of
+these numbers is ours."""
+
+
+def table(
+    names: Sequence[str] | None = None, progress: Callable[[str], None] = lambda name: None
+) -> str:
+    """Writes the table of networks in Markdown.
+
+    Args:
+        names: registry names; None is every network.
+        progress: is told each name before its row is computed.
+
+    Returns:
+        The table with its legend, between the two lines that mark it.
+
+    Raises:
+        ValueError: a name is not registered.
+    """
+    rows = []
+    for name in registry.list_models() if names is None else names:
+        progress(name)
+        rows.append(row(name))
+    return markdown.table(PLACE, (_COLUMNS, _ALIGNMENT, *rows), _LEGEND)
+
+
+def row(name: str) -> list[str]:
+    """The cells of a network, in the order of the columns.
+
+    Args:
+        name: registry name.
+    """
+    entry = registry.model_entry(name)
+    network = registry.create_model(name)
+    shape, size = (1, *entry.input_size, 3), 'x'.join(map(str, entry.input_size))
+    if getattr(network, 'spatial_dims', 2) == 3:
+        shape, size = (1, FRAMES, *entry.input_size, 3), f'{FRAMES}x{size}'
+    if entry.num_classes != 1000:
+        size += f' ({entry.num_classes} classes)'
+    counts = tables.costs(network, shape)
+    claims = [f'{accuracy:.2f} ({whose})' for accuracy, whose in PUBLISHED.get(name, ())]
+    return [
+        f'`{name}`',
+        re.sub(r'arXiv (\d+\.\d+)', r'[arXiv \1](https://arxiv.org/abs/\1)', entry.paper),
+        f'{counts["parameters"]:,}',
+        f'{counts["macs"]:,}',
+        f'{counts["matmul"]:,}' if counts['matmul'] else '',
+        size,
+        ', '.join(claims),
+    ]

@@ -1,0 +1,126 @@
+"""Weights from one file to another: into a file of our own, or under PyTorch's names."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from attention_jax import checks, registry
+from attention_jax.interop import files, runs, torch
+from attention_jax.interop.pretrained import load_pretrained, read_card, save
+
+FORMS = ('ours', 'torch')
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        model: registry name.
+        arguments: what the module was created with.
+        report: of the reading.
+        parameters: number of trainable ones.
+        arrays: number of arrays written.
+        licence: of the weights, as far as the source says it.
+    """
+
+    model: str
+    arguments: Mapping[str, Any]
+    report: torch.Report
+    parameters: int
+    arrays: int
+    licence: str
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    channels: int | None = None,
+    to: str = 'ours',
+    scheme: str | None = None,
+) -> Converted:
+    """Reads weights, and writes them to a safetensors file, whole or not at all.
+
+    Args:
+        source: see `load_pretrained`.
+        destination: ends in .safetensors; a file there is replaced.
+        model: registry name; None takes it from our card, the work directory or timm's config.json.
+        arguments: of the network; see `load_pretrained`.
+        channels: see `load_pretrained`.
+        to: 'ours' writes our names and a card, 'torch' PyTorch's names.
+        scheme: for 'torch', the naming scheme, such as 'timm'; None is the authors'.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: what `load_pretrained` and `torch.to_state_dict` raise, a destination that
+            cannot be written to, or a model that is not named.
+    """
+    checks.choice('to', to, FORMS)
+    files.check_destination(destination)
+    if scheme is not None and to == 'ours':
+        raise ValueError(f"source {scheme!r} names PyTorch's scheme, and needs to='torch'")
+    model, licence, origin = _describe(source, model)
+    given = dict(arguments or {})
+    module, variables, report = load_pretrained(model, source, channels=channels, **given)
+    made_with = arguments_of(model, module)
+    if to == 'torch':
+        arrays = torch.to_state_dict(model, variables, source=scheme, **made_with)
+        files.write(destination, arrays, {'format': 'pt'})
+    else:
+        save(
+            destination,
+            model,
+            variables,
+            arguments=made_with,
+            source=origin,
+            licence=licence,
+            preprocessing=report.preprocessing,
+        )
+    return Converted(
+        model=model,
+        arguments=made_with,
+        report=report,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(variables.get('params', {}))),
+        arrays=len(jax.tree.leaves(variables)),
+        licence=licence,
+    )
+
+
+def arguments_of(name: str, module: nn.Module) -> dict[str, Any]:
+    """The arguments that create `module` again, but for the type that it computes in."""
+    default = torch.build(name, {})[1]
+    fields = set(registry.fields(type(module))) - {'name', 'dtype'}
+    changed = {f for f in fields if getattr(module, f) != getattr(default, f)}
+    if 'attention' in changed:  # another mechanism has a place and arguments of its own
+        changed |= {'placement', 'attention_args'}
+    return {field: _plain(getattr(module, field)) for field in sorted(changed)}
+
+
+def _describe(source: str | os.PathLike[str], model: str | None) -> tuple[str, str, str]:
+    """The registry name, the licence, and where the weights are from."""
+    path, timm = files.locate(source)
+    found, licence, origin = timm.get('architecture'), '', str(source)
+    if path.is_dir():
+        found = runs.describe(path)[0]
+    elif card := read_card(path):
+        found, licence, origin = card.model, card.licence, card.source or origin
+    licence = licence or timm.get('pretrained_cfg', timm).get('license', '')
+    if model is None and found is None:
+        raise ValueError(f'model is missing: {source} does not say what network it is of')
+    return model or found, licence, origin
+
+
+def _plain(value: Any) -> Any:
+    """Turns the frozen mappings of Linen fields into dicts."""
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value

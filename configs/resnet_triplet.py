@@ -1,0 +1,21 @@
+"""ResNet with triplet attention (arXiv 2010.03045).
+
+    python train.py --config configs/resnet_triplet.py
+    python train.py --config configs/resnet_triplet.py:cifar10 --config.data.data_dir=DIR
+    python train.py --config configs/resnet_triplet.py:imagenet2012 --config.data.data_dir=DIR
+
+`imagenet2012`: the paper's 100 epochs, batch 256, rate 0.1 times 0.1 after each 30 epochs.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config(arg: str = 'digits') -> ConfigDict:
+    config = base.get_config(arg)
+    if arg == 'imagenet2012':
+        config.model.name = 'triplet_resnet50'
+    else:
+        config.model.attention = 'triplet'
+    return config
