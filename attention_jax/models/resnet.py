@@ -172,6 +172,8 @@ class ResNet(nn.Module):
                 )
         if self.pool_args and self.pool == 'mean':
             raise ValueError(f"pool_args need pool 'isqrt_cov', got pool 'mean', {self.pool_args}")
+        if self.attention is None and self.attention_args:
+            raise ValueError('attention_args need attention, got attention=None')
         self.stage_arguments()
         self.resolved_placement()
 
@@ -183,39 +185,11 @@ class ResNet(nn.Module):
 
     def stage_arguments(self) -> tuple[Mapping[str, Any], ...]:
         """The mechanism's arguments in each stage."""
-        arguments = self.attention_args or {}
-        if isinstance(arguments, Mapping):
-            return (arguments,) * len(self.depths)
-        if len(arguments) != len(self.depths):
-            raise ValueError(
-                f'attention_args must be one dict or one a stage: {len(self.depths)} stages, '
-                f'got {len(arguments)}'
-            )
-        return tuple(arguments)
+        return placements.stage_arguments(self.attention_args, len(self.depths))
 
     def resolved_placement(self) -> placements.Placement | None:
         """The placement with its blocks, checked against the mechanism; None without one."""
-        if self.attention is None:
-            if self.placement is not None or self.attention_args:
-                raise ValueError('placement and attention_args need attention, got attention=None')
-            return None
-        entry = registry.attention_entry(self.attention)
-        text = self.placement or placements.default(entry, self.depths, self.block)
-        placement = placements.parse(text, self.depths)
-        replaces = placement.where in ('conv1', 'conv2')
-        if replaces and not entry.replaces_convolution:
-            raise ValueError(
-                f'placement {text!r} puts attention in place of a convolution, which '
-                f'{self.attention!r} is not: try branch'
-            )
-        if not replaces and (entry.replaces_convolution or not entry.preserves_shape):
-            raise ValueError(
-                f'placement {text!r} needs attention that keeps its input, {self.attention!r} '
-                f'replaces a convolution or changes the shape: try conv2'
-            )
-        if placement.where == 'mid' and self.block != 'bottleneck':
-            raise ValueError(f'placement {text!r} needs bottlenecks, block is {self.block!r}')
-        return placement
+        return placements.resolve(self.attention, self.placement, self.depths, self.block)
 
     @nn.compact
     def __call__(

@@ -1,0 +1,236 @@
+"""Training steps of networks on a CPU: what they take to compile, and their time beside PyTorch's.
+
+    python benchmarks/networks.py compile resnet50 resnest50 --json FILE
+    python benchmarks/networks.py step --json FILE           (needs the extra `parity`)
+
+`compile` traces and compiles the step at two images of 224 x 224 (or the network's own size, if
+smaller). `step` times it and PyTorch's step of the same network, alternating in one process, on an
+idle machine: float32, channels last, SGD with momentum and weight decay, random images.
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from attention_jax import registry
+from attention_jax.analysis import benchmark
+from attention_jax.data import Description
+from attention_jax.tasks import create_task
+from attention_jax.training import sharding
+from attention_jax.training.optimizer import make_optimizer
+from attention_jax.training.state import abstract_state, make_init
+from attention_jax.training.step import jit_train_step, make_train_step
+from configs import base
+
+# Network, images a batch and their size, as the tables in the README and docs have them.
+STEPS = (
+    ('resnet50', 8, 224),
+    ('se_resnet50', 8, 224),
+    ('gc_resnet50_r16', 8, 224),
+    ('resnest50', 8, 224),
+    ('cifar_resnet20', 128, 32),
+)
+COMPILES = (
+    'resnet50',
+    'resnet152',
+    'resnext50_32x4d',
+    'resnext101_64x4d',
+    'seresnet50',
+    'senet154',
+    'eca_resnet50',
+    'cbam_resnet50',
+    'bam_resnet50',
+    'gc_resnet50_r16',
+    'gcresnet50t',
+    'triplet_resnet50',
+    'nl_resnet50_5',
+    'a2_resnet50_5_d2',
+    'cgnl_resnet50_1',
+    'gsop_net1_resnet50',
+    'gsop_net2_resnet50',
+    'sknet50',
+    'skresnet18',
+    'resnest50',
+    'resnest50_fast_4s2x40d',
+    'resnest269',
+    'mobilenetv2',
+    'eca_mobilenetv2',
+    'cifar_resnet110',
+)
+
+
+def build(name: str, batch: int, size: int) -> tuple[Any, Any, dict[str, Any]]:
+    """The jitted training step of a network, and the shapes of its state and batch."""
+    entry = registry.model_entry(name)
+    config = base.get_config('imagenet2012')
+    config.model.name = name
+    config.train.batch_size = batch
+    description = Description(
+        name='random',
+        image_shape=(size, size, 3),
+        num_classes=entry.num_classes,
+        class_names=tuple(map(str, range(entry.num_classes))),
+        splits={},
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        flip=True,
+    )
+    task = create_task(config, description)
+    optimizer = make_optimizer(config.optimizer, lambda step: jnp.float32(0.1))
+    example = task.abstract_batch(batch)
+    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
+    init = make_init(task.model, optimizer, jax.eval_shape(task.inputs, example), ema=False)
+    state = abstract_state(init, mesh)
+    step = jit_train_step(make_train_step(task, optimizer), state, mesh)
+    return step, init, {'state': state, 'batch': example}
+
+
+def measure_compile(name: str) -> dict[str, Any]:
+    """Seconds to trace and to compile one network's training step."""
+    size = min(224, max(registry.model_entry(name).input_size))
+    step, _, shapes = build(name, 2, size)
+    started = time.perf_counter()
+    lowered = step.lower(shapes['state'], shapes['batch'])
+    traced = time.perf_counter()
+    lowered.compile()
+    compiled = time.perf_counter()
+    return {
+        'name': name,
+        'size': size,
+        'trace_seconds': round(traced - started, 1),
+        'compile_seconds': round(compiled - traced, 1),
+    }
+
+
+def ours(name: str, batch: int, size: int) -> Callable[[], None]:
+    """A function that takes one training step and waits for it."""
+    step, init, shapes = build(name, batch, size)
+    state = jax.jit(init)(jax.random.key(0))
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, shapes['batch']['image'].shape, np.uint8)
+    labels = random.integers(0, 10, (batch,)).astype(np.int32)
+    data = {'image': jnp.asarray(images), 'label': jnp.asarray(labels)}
+    compiled = step.lower(state, data).compile()
+    kept = [state]
+
+    def run() -> None:
+        kept[0], measured = compiled(kept[0], data)
+        jax.block_until_ready((kept[0].params, measured))
+
+    return run
+
+
+def theirs(name: str, batch: int, size: int) -> Callable[[], None]:
+    """PyTorch's training step of the same network."""
+    forms = benchmark.load_forms()
+    forms.timm_layers()
+    import timm
+    import torch
+
+    if name == 'cifar_resnet20':
+        model = cifar_resnet20(torch)
+    else:
+        model = timm.create_model(
+            {'se_resnet50': 'seresnet50', 'resnest50': 'resnest50d'}.get(name, 'resnet50')
+        )
+    if name == 'gc_resnet50_r16':
+        for stage in (model.layer2, model.layer3, model.layer4):
+            for block in stage:
+                block.se = forms.GlobalContext(block.bn3.num_features)
+    model = model.to(memory_format=torch.channels_last).train()
+    x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (batch,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+
+    return run
+
+
+def cifar_resnet20(torch: Any) -> Any:
+    """ResNet-20 with parameter-free shortcuts, in PyTorch."""
+    nn, functional = torch.nn, torch.nn.functional
+
+    class Block(nn.Module):
+        def __init__(self, inputs: int, width: int, stride: int) -> None:
+            super().__init__()
+            self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+            self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+            self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+            self.stride, self.new = stride, (width - inputs) // 2
+
+        def forward(self, x: Any) -> Any:
+            y = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(x)))))
+            if self.stride > 1:
+                x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.new, self.new))
+            return functional.relu(x + y)
+
+    widths = [16] * 4 + [32] * 3 + [64] * 3
+    blocks = [Block(a, b, 2 if a != b else 1) for a, b in itertools.pairwise(widths)]
+    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    return nn.Sequential(*stem, *blocks, *head)
+
+
+def measure_step(name: str, batch: int, size: int, repeats: int) -> dict[str, Any]:
+    """Seconds a training step, ours and PyTorch's in turn."""
+    sides = {'ours': ours(name, batch, size), 'torch': theirs(name, batch, size)}
+    samples: dict[str, list[float]] = {side: [] for side in sides}
+    for run in sides.values():
+        run()
+    for _ in range(repeats):
+        for side, run in sides.items():
+            run()  # the caches and threads as this side leaves them
+            started = time.perf_counter()
+            run()
+            samples[side].append(time.perf_counter() - started)
+    medians = {side: statistics.median(times) for side, times in samples.items()}
+    return {
+        'name': name,
+        'batch': batch,
+        'size': size,
+        'repeats': repeats,
+        'samples': samples,
+        'medians': medians,
+        'ratio': medians['ours'] / medians['torch'],
+    }
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('what', choices=('compile', 'step'))
+    parser.add_argument('names', nargs='*', help='networks; none: those of the tables')
+    parser.add_argument('--repeats', type=int, default=10, metavar='N')
+    parser.add_argument('--json', type=pathlib.Path, metavar='FILE')
+    options = parser.parse_args()
+    report = {'environment': benchmark.environment(), 'rows': []}
+    if options.what == 'compile':
+        rows = (measure_compile(name) for name in options.names or COMPILES)
+    else:
+        chosen = [s for s in STEPS if not options.names or s[0] in options.names]
+        rows = (measure_step(*step, options.repeats) for step in chosen)
+    for row in rows:
+        print({key: value for key, value in row.items() if key != 'samples'}, flush=True)
+        report['rows'].append(row)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    main()
