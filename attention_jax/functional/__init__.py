@@ -13,6 +13,7 @@ from attention_jax.functional.dot_product import (
     attend,
     attention_weights,
 )
+from attention_jax.functional.memory import read_memory
 from attention_jax.functional.pairwise import pairwise_relu_attend
 from attention_jax.functional.pooling import (
     adaptive_avg_pool,
@@ -43,6 +44,7 @@ __all__ = [
     'max_pool',
     'mix_channels',
     'pairwise_relu_attend',
+    'read_memory',
     'spatial_mean',
     'spatial_mean_and_max',
     'upsample',

@@ -463,6 +463,8 @@ def _chunked_forward(
 
     rows = jax.tree.map(lambda x: _split(x, chunk), (query, query_norms, relative))
     y, log_total = jax.tree.map(lambda x: _joined(x, query.shape[-2]), lax.map(block, rows))
+    # In its own type: a TPU would rather rearrange the float32 of what is computed from it.
+    y = lax.optimization_barrier(y)
     return y, (query, key, value, norms, bias, relative, y, log_total)
 
 

@@ -2,10 +2,12 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 from jax.nn import initializers
 
 from attention_jax import checks, functional
@@ -13,7 +15,6 @@ from attention_jax.functional import cost
 from attention_jax.functional.normalization import statistics_type
 from attention_jax.modules.layers import (
     BatchNorm,
-    Dense,
     Dtype,
     Initializer,
     activation,
@@ -28,6 +29,8 @@ _PAPER = {
     'arxiv': '2105.02358',
     'year': 2021,
 }
+Layer = tuple[jax.Array, jax.Array | None]  # kernel and bias
+
 _WEIGHTINGS = ('double', 'softmax')
 _CORE = {'projection': False, 'residual': False, 'activation': None, 'memory_tie': 'none'}
 
@@ -189,7 +192,9 @@ class MultiHeadExternalAttention(nn.Module):
 
     No residual and no norm: the block around it has them. Under 'double' bi and bk are constants of
     a softmax over positions and have no gradient. The weights are f k heads / c times as large as
-    x: where memory is short, wrap the module in `flax.linen.remat`.
+    x: where memory is short, wrap the module in `flax.linen.remat`. Under 'double' without dropout
+    of the weights a TPU multiplies Wi Mk and Mv Wo first and does not keep the logits
+    (`functional.read_memory`), and forward-mode differentiation raises a TypeError on any device.
 
     Source: Guo, Liu, Mu, Hu, "Beyond Self-attention: External Attention using Two Linear Layers for
     Visual Tasks", arXiv 2105.02358, section 3.3; defaults from the authors' code (MenghaoGuo/EANet
@@ -247,26 +252,30 @@ class MultiHeadExternalAttention(nn.Module):
             k = 256 // self.expansion
         checks.at_least('memory_size', k, 1)
         x = x.astype(self.dtype or x.dtype)
-        init = initializers.normal(0.02)
-        dense = functools.partial(
-            Dense, kernel_init=init, bias_init=initializers.zeros, param_dtype=self.param_dtype
-        )
-
-        y = dense(c * self.expansion, name='in_projection')(x)
-        # Heads behind the positions, where they are: nothing is transposed.
-        y = y.reshape(*x.shape[:-1], self.heads * self.expansion, c // self.heads)
-        key = _Weights(
-            (c // self.heads, k), init, initializers.zeros, self.param_dtype, name='memory_key'
-        )
-        weights = _normalized(_logits(y, *key()), (-4, -3), self.weighting, self.epsilon)
-        sow_map(
-            self,
-            lambda: weights.reshape(*x.shape[:-3], -1, *weights.shape[-2:]).swapaxes(-3, -2),
-        )
+        f, e = self.expansion, c // self.heads
+        init = (initializers.normal(0.02), initializers.zeros, self.param_dtype)
+        layers = [
+            _Weights(shape, *init, name=name)()
+            for name, shape in (
+                ('in_projection', (c, f * c)),
+                ('memory_key', (e, k)),
+                ('memory_value', (k, e)),
+                ('out_projection', (f * c, c)),
+            )
+        ]
         drop = functools.partial(nn.Dropout, deterministic=not train)
-        weights = drop(self.attention_dropout_rate)(weights.astype(x.dtype))
-        y = dense(c // self.heads, name='memory_value')(weights)
-        y = dense(c, name='out_projection')(y.reshape(*x.shape[:-1], -1))
+        weigh = functools.partial(_weights, weighting=self.weighting, epsilon=self.epsilon)
+        sow_map(self, lambda: _heads_first(weigh(x, layers)))
+        if self.weighting == 'softmax' or (train and self.attention_dropout_rate):
+            weights = weigh(x, layers).astype(x.dtype)
+            y = _read(drop(self.attention_dropout_rate)(weights), layers)
+        else:
+            y = lax.platform_dependent(
+                x,
+                layers,
+                tpu=functools.partial(_joined, epsilon=self.epsilon),
+                default=lambda x, layers: _read(weigh(x, layers).astype(x.dtype), layers),
+            )
         return drop(self.dropout_rate)(y)
 
 
@@ -284,6 +293,48 @@ class _Weights(nn.Module):
         if self.bias_init is None:
             return kernel, None
         return kernel, self.param('bias', self.bias_init, self.shape[1:], self.param_dtype)
+
+
+def _weights(x: jax.Array, layers: Sequence[Layer], *, weighting: str, epsilon: float) -> jax.Array:
+    """The weights of all heads, `[..., h, w, H, k]`."""
+    inner, key, _, _ = layers
+    # Heads behind the positions, where they are: nothing is transposed.
+    y = _linear(x, inner).reshape(*x.shape[:-1], -1, key[0].shape[0])
+    return _normalized(_logits(y, *key), (-4, -3), weighting, epsilon)
+
+
+def _read(weights: jax.Array, layers: Sequence[Layer]) -> jax.Array:
+    """What the weights read, projected, `[..., h, w, c]`."""
+    _, _, value, outer = layers
+    y = _linear(weights, value)
+    return _linear(y.reshape(*y.shape[:-2], -1), outer)
+
+
+def _joined(x: jax.Array, layers: Sequence[Layer], *, epsilon: float) -> jax.Array:
+    """Both with the projections multiplied into the memories: more products, far less to move."""
+    (inner, _), (key, _), (value, value_bias), (outer, bias) = layers
+    c, e = x.shape[-1], key.shape[0]
+    product = functools.partial(jnp.einsum, precision='highest')
+    key = product('cge,ek->cgk', inner.reshape(c, -1, e), key)
+    outer = outer.reshape(-1, e, c)
+    value, bias = (
+        product('ke,geo->gko', value, outer),
+        bias + product('e,geo->o', value_bias, outer),
+    )
+    y = functional.read_memory(x.reshape(-1, *x.shape[-3:]), key, value, epsilon).reshape(x.shape)
+    return y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
+def _heads_first(weights: jax.Array) -> jax.Array:
+    """`[..., h, w, H, k] -> [..., H, n, k]`."""
+    *leading, h, w, heads, k = weights.shape
+    return weights.reshape(*leading, h * w, heads, k).swapaxes(-3, -2)
+
+
+def _linear(x: jax.Array, layer: Layer) -> jax.Array:
+    kernel, bias = layer
+    y = functional.dense(x, kernel.astype(x.dtype))
+    return y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + bias.shape)
 
 
 def _logits(x: jax.Array, key: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -146,8 +146,10 @@ class SplitAttention(nn.Module):
             use_bias=self.use_bias,
             name='conv',
         )(x.astype(self.dtype or x.dtype))
-        splits = jnp.split(jax.nn.relu(norm(y, name='norm0')), radix, axis=-1)
-        s = functional.branch_mean(splits)[..., None, None, :]
+        y = jax.nn.relu(norm(y, name='norm0'))
+        splits = jnp.split(y, radix, axis=-1)
+        # Of all splits at once: a TPU would write them out before it takes the mean of each.
+        s = functional.spatial_mean(y).reshape(*x.shape[:-3], radix, o).sum(-2)[..., None, None, :]
         z = jax.nn.relu(norm(conv(r, (1, 1), groups=groups, name='fc1')(s), name='norm1'))
         logits = conv(radix * o, (1, 1), groups=groups, name='fc2')(z)
         logits = logits.reshape(*x.shape[:-3], groups, radix, o // groups)

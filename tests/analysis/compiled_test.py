@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attention_jax.analysis import compiled, devices, program
+from attention_jax import registry
+from attention_jax.analysis import compiled, devices, mechanism_table, program
 from attention_jax.training import sharding
 
 needs_libtpu = pytest.mark.skipif(
@@ -268,14 +269,40 @@ def test_mechanisms_on_one_chip():
         assert found[2 * i + 1] <= bounds[1], name
 
 
+def jobs_of(name):
+    """Forward and gradient at a small shape; where queries can be taken in chunks, so too."""
+    shape = [24, 16, 16, 64]  # a batch like no other axis: sums are told from rows by it
+    module, arguments = mechanism_table.example(name, shape)
+    if name == 'isqrt_cov':
+        arguments['hidden'] = 32  # its products of 256 take minutes to compile
+    job = {'name': name, 'shape': shape, 'inputs': mechanism_table.inputs(module)}
+    forms = [{}, {'chunk_size': 64}] if hasattr(module, 'chunk_size') else [{}]
+    return [
+        {**job, 'arguments': {**arguments, **form}, 'vjp': vjp}
+        for form in forms
+        for vjp in (False, True)
+    ]
+
+
 @pytest.mark.slow
 @needs_libtpu
-def test_mechanisms_gather_no_batch_on_eight_chips():
-    names = ('se', 'eca', 'cbam', 'gc', 'non_local')
-    jobs = [{'name': n, 'shape': [32, 14, 14, 64], 'vjp': v} for n in names for v in (False, True)]
-    reports = compiled.compile_modules(jobs, device='v5e:2x4', timeout=500)
+@pytest.mark.parametrize('device', ['v5e', 'v5e:2x4'])
+@pytest.mark.parametrize('name', registry.list_attention())
+def test_every_mechanism_compiles_and_gathers_no_batch(name, device):
+    jobs = jobs_of(name)
+    reports = compiled.compile_modules(jobs, device=device, timeout=500)
     assert [r.get('error') for r in reports] == [None] * len(jobs)
     assert [r['batch_gathers'] for r in reports] == [[]] * len(jobs)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_attention_kernel_gathers_no_batch():
+    """More pairs of positions than the plain form takes: JAX's kernel."""
+    job = {'name': 'non_local', 'shape': [16, 48, 48, 64]}
+    reports = compiled.compile_modules([job, {**job, 'vjp': True}], device='v5e:2x4', timeout=500)
+    assert [r.get('error') for r in reports] == [None] * 2
+    assert [r['batch_gathers'] for r in reports] == [[]] * 2
 
 
 @pytest.mark.slow
