@@ -84,12 +84,13 @@ def _table(options: argparse.Namespace) -> None:
     if options.what == 'networks':
         _network_table(options)
         return
-    from attention_jax.analysis import mechanism_table
+    from attention_jax.analysis import markdown, mechanism_table
 
-    readme = options.write or pathlib.Path(__file__).resolve().parents[1] / 'README.md'
-    text = mechanism_table.read(readme) if options.write or readme.is_file() else ''
+    readme = pathlib.Path(__file__).resolve().parents[1] / 'README.md'
     if options.write:
-        mechanism_table.check_place(options.write, text)
+        text = markdown.check_place(options.write, mechanism_table.PLACE)
+    else:
+        text = readme.read_text(encoding='utf-8') if readme.is_file() else ''
     passes = mechanism_table.read_passes(text)
     if options.passes is not None:
         for name in mechanism_table.choose(options.passes):
@@ -98,7 +99,7 @@ def _table(options: argparse.Namespace) -> None:
             _say(f'  {passes[name]}')
     table = mechanism_table.table(passes=passes, progress=lambda name: _say(f'counting {name} ...'))
     if options.write:
-        mechanism_table.update(options.write, table)
+        markdown.update(options.write, mechanism_table.PLACE, table)
     else:
         print(table)
 

@@ -145,7 +145,7 @@ def test_table_is_printed_or_written(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out == 'THE TABLE\n'
 
     path = tmp_path / 'X.md'
-    path.write_text(f'a\n{mechanism_table.BEGIN}\n{mechanism_table.END}\nb\n')
+    path.write_text('\n'.join(('a', *markdown.marks('mechanisms'), 'b\n')))
     assert cli.main(['table', '--passes', 'gc', 'se', '--write', str(path)]) == 0
     assert given[-1] == {'gc': '3.0, 4.0', 'se': '3.0, 4.0'}
     assert path.read_text() == 'a\nTHE TABLE\nb\n'

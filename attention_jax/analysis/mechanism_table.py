@@ -7,10 +7,8 @@ else kept as the README has them.
 
 import inspect
 import math
-import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +17,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attention_jax import registry
-from attention_jax.analysis import compiled, tables
+from attention_jax.analysis import compiled, markdown, tables
 
 SHAPE = (1, 56, 56, 256)  # of what is counted, float32
 PASSES_SHAPE = (128, 56, 56, 256)  # of what is compiled for a TPU, bfloat16
-BEGIN, END = '<!-- mechanisms: begin -->', '<!-- mechanisms: end -->'
+PLACE = 'mechanisms'  # of the table in its file
 NOT_MEASURED = '- (not measured)'
 
 _COLUMNS = (
@@ -75,8 +73,7 @@ def table(
         rows.append(
             [*cells[:4], memory, cells[4], (passes or {}).get(name, NOT_MEASURED), cells[5]]
         )
-    lines = ['| ' + ' | '.join(cells) + ' |' for cells in (_COLUMNS, _ALIGNMENT, *rows)]
-    return '\n'.join([BEGIN, *lines, '', _LEGEND, END])
+    return markdown.table(PLACE, (_COLUMNS, _ALIGNMENT, *rows), _LEGEND)
 
 
 def row(name: str) -> list[str]:
@@ -200,55 +197,8 @@ def read_passes(text: str) -> dict[str, str]:
         Name -> cell, without the mechanisms that were not measured.
     """
     column = _COLUMNS.index('passes')
-    found = {name: cells[column] for name, cells in read_rows(text).items()}
+    found = {name: cells[column] for name, cells in markdown.read_rows(PLACE, text).items()}
     return {name: cell for name, cell in found.items() if cell != NOT_MEASURED}
-
-
-# The file that holds the table.
-
-
-def read_rows(text: str) -> dict[str, list[str]]:
-    """Reads the table in a Markdown text: name -> the cells of its row."""
-    match = re.search(f'{BEGIN}(.*?){END}', text, re.DOTALL)
-    rows = {}
-    for line in match[1].splitlines() if match else ():
-        cells = [cell.strip() for cell in line.strip('|').split('|')]
-        if line.startswith('| `') and len(cells) == len(_COLUMNS):
-            rows[re.match('`(.*?)`', cells[0])[1]] = cells
-    return rows
-
-
-def update(path: pathlib.Path, new: str) -> None:
-    """Puts a table in the place of the one in a file; the file is never half written.
-
-    Args:
-        path: a Markdown file with the two lines that mark the place.
-        new: see `table`.
-
-    Raises:
-        ValueError: there is no such file, or it has no such place.
-    """
-    text = read(path)
-    check_place(path, text)
-    text = re.sub(f'{BEGIN}.*?{END}', lambda match: new, text, flags=re.DOTALL)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix='.table')
-    with os.fdopen(handle, 'w', encoding='utf-8') as file:
-        file.write(text)
-    os.chmod(temporary, path.stat().st_mode)
-    os.replace(temporary, path)
-
-
-def read(path: pathlib.Path) -> str:
-    """The text of a file; a ValueError where there is none."""
-    if not path.is_file():
-        raise ValueError(f'{path}: there is no such file')
-    return path.read_text(encoding='utf-8')
-
-
-def check_place(path: pathlib.Path, text: str) -> None:
-    """Raises a ValueError unless a file's text has one place for the table."""
-    if len(re.findall(f'{BEGIN}.*?{END}', text, re.DOTALL)) != 1:
-        raise ValueError(f'{path} must have one place for the table: a line {BEGIN}, a line {END}')
 
 
 def choose(names: Collection[str] | None) -> list[str]:

@@ -4,11 +4,12 @@ import re
 import pytest
 
 from attention_jax import registry
-from attention_jax.analysis import compiled, mechanism_table
+from attention_jax.analysis import compiled, markdown, mechanism_table
+from attention_jax.analysis.mechanism_table import PLACE
 from tests.conftest import REPOSITORY
 
 NAMES = registry.list_attention()
-README = mechanism_table.read_rows((REPOSITORY / 'README.md').read_text())
+README = markdown.read_rows(PLACE, (REPOSITORY / 'README.md').read_text())
 PASSES = re.compile(r'\d+\.\d\*?, \d+\.\d\*?|- \(.+\)')
 
 
@@ -105,30 +106,30 @@ def test_examples_fit_their_shape():
 
 def test_table_goes_into_the_file_and_back(tmp_path):
     path = tmp_path / 'README.md'
-    path.write_text(f'above\n{mechanism_table.BEGIN}\n{mechanism_table.END}\nbelow\n')
+    path.write_text('above\n{}\n{}\nbelow\n'.format(*markdown.marks(PLACE)))
     passes = {'eca': '3.0, 4.1*'}
     told = []
-    mechanism_table.update(path, mechanism_table.table(['eca'], passes, told.append))
+    markdown.update(path, PLACE, mechanism_table.table(['eca'], passes, told.append))
     text = path.read_text()
     assert told == ['eca']
     assert text.startswith('above\n')
     assert text.endswith('\nbelow\n')
     assert mechanism_table.read_passes(text) == passes
-    (cells,) = mechanism_table.read_rows(text).values()
+    (cells,) = markdown.read_rows(PLACE, text).values()
     assert without_memory(cells) == mechanism_table.row('eca')
-    mechanism_table.update(path, mechanism_table.table(['eca']))
+    markdown.update(path, PLACE, mechanism_table.table(['eca']))
     assert mechanism_table.read_passes(path.read_text()) == {}
-    assert path.read_text().count(mechanism_table.BEGIN) == 1
+    assert path.read_text().count(markdown.marks(PLACE)[0]) == 1
     assert [p.name for p in tmp_path.iterdir()] == ['README.md']
 
 
 def test_file_without_a_place_is_refused(tmp_path):
     path = tmp_path / 'README.md'
     with pytest.raises(ValueError, match='no such file'):
-        mechanism_table.update(path, '')
+        markdown.update(path, PLACE, '')
     path.write_text('nothing')
     with pytest.raises(ValueError, match='must have one place'):
-        mechanism_table.update(path, '')
+        markdown.update(path, PLACE, '')
     assert path.read_text() == 'nothing'
 
 
