@@ -2,8 +2,8 @@
 
 One convolution is one mathematical function, but no single program for it is fast everywhere: a
 1x1 convolution on a CPU is several times faster as a flat matrix product, and slower so on a TPU;
-a grouped convolution is best one product a group on a CPU, merged into 128 channels on a TPU, and
-left alone on a GPU. `lax.platform_dependent` keeps only the branch of the device at hand.
+narrow groups are best merged into 16 channels on a CPU, 128 on a TPU, and left alone on a GPU.
+`lax.platform_dependent` keeps only the branch of the device at hand.
 """
 
 import functools
@@ -24,7 +24,11 @@ Ints = tuple[int, ...]
 
 # Compile time grows with the taps: beyond a 7x7 window XLA's own depthwise convolution is used.
 _MOST_SHIFTS = 49
-# Channels that a dense convolution made of merged groups sees on a TPU: a tile of the matrix unit.
+# Channels up to which one product of all groups costs a CPU less than one a group.
+_MOST_DENSE = 256
+# Channels that a dense convolution made of merged groups sees: one vector on a CPU, one tile of the
+# matrix unit on a TPU.
+_CPU_CHANNELS = 16
 _TPU_CHANNELS = 128
 
 
@@ -185,10 +189,16 @@ def _lower(
         return lax.platform_dependent(x, kernel, cpu=shifts, default=plain)
     if groups == channels == features:
         return plain(x, kernel)
+    if math.prod(window) == 1 and not any(map(any, pads)) and channels <= _MOST_DENSE:
+        cpu = functools.partial(_whole, strides=strides, groups=groups)
+    elif channels // groups < _CPU_CHANNELS:
+        cpu = functools.partial(_merged, **settings, groups=groups, width=_CPU_CHANNELS)
+    else:
+        cpu = functools.partial(_columns, **settings, groups=groups)
     return lax.platform_dependent(
         x,
         kernel,
-        cpu=functools.partial(_columns, **settings, groups=groups),
+        cpu=cpu,
         tpu=functools.partial(_merged, **settings, groups=groups, width=_TPU_CHANNELS),
         default=per_example(plain),
     )
@@ -279,18 +289,14 @@ def _merged(
     """Grouped convolution as dense convolutions that see about `width` channels each.
 
     Neighbouring groups share a dense convolution whose kernel is zero between them: more work on
-    paper, but full tiles of the matrix unit.
+    paper, but full vectors and tiles; and XLA's CPU gradient of a grouped convolution is hundreds
+    of times slower.
     """
-    *window, inputs, features = kernel.shape
-    merge = max(min(width // inputs, groups), 1)
+    merge = max(min(width // kernel.shape[-2], groups), 1)
     while groups % merge:
         merge -= 1
     parts = groups // merge
-    kernel = kernel.reshape(*window, inputs, parts, merge, features // groups)
-    eye = jnp.eye(merge, dtype=kernel.dtype)
-    # [*window, parts, merge, inputs, merge, outputs]
-    blocks = jnp.einsum('...ipgo,gh->...phigo', kernel, eye, precision='highest')
-    blocks = blocks.reshape(*window, parts, merge * inputs, features // parts)
+    blocks = _blocks(kernel, groups, merge)
     results = [
         _lax(piece, blocks[..., part, :, :], strides=strides, pads=pads, dilation=dilation)
         for part, piece in enumerate(jnp.split(x, parts, -1))
@@ -298,13 +304,29 @@ def _merged(
     return jnp.concatenate(results, -1)
 
 
+def _blocks(kernel: jax.Array, groups: int, merge: int) -> jax.Array:
+    """Kernels of `merge` groups each, zero between groups: `[*window, parts, inputs, outputs]`."""
+    *window, inputs, features = kernel.shape
+    parts = groups // merge
+    kernel = kernel.reshape(*window, inputs, parts, merge, features // groups)
+    eye = jnp.eye(merge, dtype=kernel.dtype)
+    # [*window, parts, merge, inputs, merge, outputs]
+    blocks = jnp.einsum('...ipgo,gh->...phigo', kernel, eye, precision='highest')
+    return blocks.reshape(*window, parts, merge * inputs, features // parts)
+
+
+def _whole(x: jax.Array, kernel: jax.Array, *, strides: Ints, groups: int) -> jax.Array:
+    """A grouped window of one tap as one product with a matrix that is zero between groups."""
+    return _pointwise(x, _blocks(kernel, groups, groups)[..., 0, :, :], strides=strides)
+
+
 def _columns(
     x: jax.Array, kernel: jax.Array, *, strides: Ints, pads: Pads, dilation: Ints, groups: int
 ) -> jax.Array:
-    """Grouped convolution as a product a group, of the windows laid out side by side.
+    """Convolution of wide groups as a product a group, of the windows laid out side by side.
 
-    XLA's CPU gradient of a grouped convolution is hundreds of times slower, and its partitioner
-    gathers the batch for it. The windows are laid out again for the gradient, not kept.
+    One program however many groups there are. The windows are laid out again for the gradient, not
+    kept.
     """
     *window, inputs, features = kernel.shape
     out = _output_sizes(x.shape[1:-1], tuple(window), strides, pads, dilation)
