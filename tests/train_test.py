@@ -25,7 +25,7 @@ def _at_the_repository(monkeypatch):
     ('arguments', 'message'),
     [
         ([], '--config is missing: give it a file of configs/'),
-        (['--config=configs/resnet_cg.py'], 'does not exist, did you mean configs/resnet_gc.py'),
+        (['--config=configs/resnet_cg.py'], 'does not exist, did you mean configs/resnet_'),
         (['--config=resnet_gc'], 'config file resnet_gc does not exist, did you mean configs/resn'),
         ([f'{GC}:mars'], "config argument 'mars' is unknown: use one of digits, cifar10, imagenet"),
         ([GC, '--config.train.epoch=3'], 'no such key, did you mean --config.train.epochs'),
