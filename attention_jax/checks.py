@@ -37,6 +37,13 @@ def rate(name: str, value: float) -> None:
         raise ValueError(f'{name} must be at least 0 and below 1, got {value}')
 
 
+def covers_stride(x: jax.Array, stride: int) -> None:
+    """Raises a ValueError if x `[..., h, w, c]` is smaller than a network's `stride`."""
+    h, w = x.shape[-3:-1]
+    if min(h, w) < stride:
+        raise ValueError(f'x has {h} x {w} pixels, the network needs at least {stride} x {stride}')
+
+
 def feature_map(x: jax.Array, spatial_dims: int = 2, name: str = 'x') -> None:
     """Raises a ValueError unless `x` is a floating map `[..., *spatial, c]` with no empty axis."""
     axes = {1: 'l', 2: 'h, w', 3: 't, h, w'}[spatial_dims]

@@ -184,6 +184,33 @@ def create_model(name: str, /, **arguments: Any) -> nn.Module:
     return model_entry(name).build(**arguments)
 
 
+def create_described(
+    cls: type[nn.Module], description: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> nn.Module:
+    """Builds a named network: a description of `cls` with what the caller changes in it.
+
+    Args:
+        cls: the network's class, with the fields `attention`, `placement` and `attention_args`.
+        description: its fields under the name.
+        arguments: the caller's.
+
+    Raises:
+        ValueError: an unknown argument, or a value that the network refuses.
+    """
+    check_arguments('this network', arguments, fields(cls))
+    merged = {**description, **arguments}
+    if merged.get('attention') != description.get('attention'):
+        # Another mechanism: its own place and arguments, not those of the described one.
+        for key in {'placement', 'attention_args'} - set(arguments):
+            merged.pop(key, None)
+    return cls(**merged)
+
+
+def torch_names(entry: AttentionEntry | ModelEntry, module: nn.Module) -> TorchNames:
+    """The naming schemes of an entry, for a module that it built."""
+    return entry.torch_names(module) if callable(entry.torch_names) else entry.torch_names
+
+
 def list_attention(pattern: str = '*') -> list[str]:
     """Returns the registry names of mechanisms that match a shell pattern, sorted."""
     _load()

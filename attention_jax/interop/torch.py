@@ -177,7 +177,7 @@ def _schemes(
     entry: Any, module: nn.Module, source: str | None
 ) -> Mapping[str, Mapping[str, registry.TorchName]]:
     """The naming schemes to try: all of the entry's, the one asked for, or those that begin so."""
-    schemes = entry.torch_names(module) if callable(entry.torch_names) else entry.torch_names
+    schemes = registry.torch_names(entry, module)
     if not schemes:
         raise ValueError(f'{entry.name!r} has no table of PyTorch names')
     if source is None:

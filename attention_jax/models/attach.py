@@ -1,4 +1,4 @@
-"""A mechanism inside a network: applied as it is, or so that it starts as nothing."""
+"""A mechanism inside a network: as it is, or so that it starts as nothing; or around a block."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ from jax.nn import initializers
 
 from attention_jax import registry
 from attention_jax.functional.normalization import statistics_type
+from attention_jax.models.placement import Placement
 
 
 def attach(
@@ -44,3 +45,46 @@ def attach(
     wide = statistics_type(x.dtype)
     start, change = x.astype(wide), y.astype(wide) - x.astype(wide)
     return (start + alpha[0].astype(wide) * change).astype(x.dtype)
+
+
+def run_block(
+    parent: nn.Module,
+    block: Callable[..., nn.Module],
+    x: jax.Array,
+    stage: int,
+    index: int,
+    *,
+    placement: Placement | None,
+    build: Callable[..., nn.Module] | None,
+    train: bool,
+) -> jax.Array:
+    """Applies a block of a network, and the mechanisms that stand before and after it.
+
+    Args:
+        parent: network whose compact method this is called from; it has `identity_init`.
+        block: builds the block, given `name`, `attention` and `where`.
+        x: `[..., h, w, c]`.
+        stage: counted from 0.
+        index: of the block in the stage, counted from 0.
+        placement: of the mechanism, or None.
+        build: builds the mechanism, given its name.
+        train: passed on.
+
+    Returns:
+        `[..., h', w', c']`.
+    """
+    name = f'stage{stage + 1}_block{index}'
+    for where in ('before_block', None, 'after_block', 'stage'):
+        if where is None:
+            inside = placement and placement.inside(stage, index)
+            x = block(name=name, attention=build, where=inside)(x, train=train)
+        elif placement and placement.at(where, stage, index):
+            x = attach(
+                parent,
+                build,
+                f'{name}_{where}_attention',
+                x,
+                train=train,
+                identity_init=parent.identity_init,
+            )
+    return x

@@ -13,7 +13,7 @@ from jax.nn import initializers
 
 from attention_jax import checks, functional, registry
 from attention_jax.models import placement as placements
-from attention_jax.models.attach import attach
+from attention_jax.models.attach import attach, run_block
 from attention_jax.modules.layers import (
     BatchNorm,
     Conv,
@@ -176,31 +176,19 @@ class MobileNetV2(nn.Module):
         rates = iter(np.linspace(0, self.drop_path_rate, sum(self.depths())).tolist())
         for s, (expansion, channels, depth, strides) in enumerate(self.rows):
             for b in range(depth):
-                name = f'stage{s + 1}_block{b}'
-                for where in ('before_block', None, 'after_block', 'stage'):
-                    if where is None:
-                        here = placement is not None and b in placement.blocks[s]
-                        x = InvertedResidual(
-                            features=self._scaled(channels, self.width),
-                            expansion=expansion,
-                            strides=strides if b == 0 else 1,
-                            attention=builders[s],
-                            where=placement.where if here else None,
-                            identity_init=self.identity_init,
-                            drop_path_rate=next(rates),
-                            depthwise_init=depthwise,
-                            name=name,
-                            **types,
-                        )(x, train=train)
-                    elif placement and placement.at(where, s, b):
-                        x = attach(
-                            self,
-                            builders[s],
-                            f'{name}_{where}_attention',
-                            x,
-                            train=train,
-                            identity_init=self.identity_init,
-                        )
+                block = functools.partial(
+                    InvertedResidual,
+                    features=self._scaled(channels, self.width),
+                    expansion=expansion,
+                    strides=strides if b == 0 else 1,
+                    identity_init=self.identity_init,
+                    drop_path_rate=next(rates),
+                    depthwise_init=depthwise,
+                    **types,
+                )
+                x = run_block(
+                    self, block, x, s, b, placement=placement, build=builders[s], train=train
+                )
             stages[f'stage{s + 1}'] = x
 
         x = conv_norm(x, 'features', self._scaled(self.features, max(1.0, self.width)), 1, 1)
@@ -228,11 +216,7 @@ class MobileNetV2(nn.Module):
     def _check_input(self, x: jax.Array) -> None:
         checks.feature_map(x)
         stride = math.prod((self.stem_strides, *(strides for *_, strides in self.rows)))
-        if min(x.shape[-3:-1]) < stride:
-            raise ValueError(
-                f'x has {x.shape[-3]} x {x.shape[-2]} pixels, the network needs at least '
-                f'{stride} x {stride}'
-            )
+        checks.covers_stride(x, stride)
 
 
 class InvertedResidual(nn.Module):
@@ -308,13 +292,7 @@ class InvertedResidual(nn.Module):
 
 def _register(name: str, paper: str, **description: Any) -> None:
     def build(**arguments: Any) -> MobileNetV2:
-        registry.check_arguments('this network', arguments, registry.fields(MobileNetV2))
-        merged = {**description, **arguments}
-        if merged.get('attention') != description.get('attention'):
-            # Another mechanism: its own place and arguments, not those of the described one.
-            for key in {'placement', 'attention_args'} - set(arguments):
-                merged.pop(key, None)
-        return MobileNetV2(**merged)
+        return registry.create_described(MobileNetV2, description, arguments)
 
     registry.register_model(name, build, family='mobilenet', paper=paper, torch_names=torch_names)
 
@@ -382,9 +360,8 @@ def torch_names(network: MobileNetV2) -> registry.TorchNames:
     """
     tables: Mapping[str, Mapping[str, registry.TorchName]] = {'': {}}
     if network.attention is not None:
-        entry = registry.attention_entry(network.attention)
-        module = registry.create_attention(entry.name, **network.stage_arguments()[-1])
-        names = entry.torch_names(module) if callable(entry.torch_names) else entry.torch_names
+        module = registry.create_attention(network.attention, **network.stage_arguments()[-1])
+        names = registry.torch_names(registry.attention_entry(network.attention), module)
         tables = {f'.{scheme}': table for scheme, table in names.items()}
     return {
         f'{style}{scheme}': _names(network, style, table)
@@ -406,7 +383,7 @@ def _names(
             for where in ('before_block', None, 'after_block', 'stage'):
                 theirs = f'blocks.{s}.{position}' if style == 'timm' else f'features.{index}'
                 if where is None:
-                    inside = placement.where if placement and b in placement.blocks[s] else None
+                    inside = placement and placement.inside(s, b)
                     for layer, part in _layers(style, expansion, inside):
                         if part == 'attention':
                             names[f'{theirs}.{layer}.**'] = (f'{ours}/attention/**', table)

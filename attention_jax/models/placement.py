@@ -56,7 +56,11 @@ class Placement:
 
     def at(self, where: str, stage: int, block: int) -> bool:
         """Whether the mechanism sits at `where` of this 0-based stage and block."""
-        return self.where == where and block in self.blocks[stage]
+        return self.inside(stage, block) == where
+
+    def inside(self, stage: int, block: int) -> str | None:
+        """The place in this 0-based stage and block, None if the block is not meant."""
+        return self.where if block in self.blocks[stage] else None
 
 
 def parse(text: str, depths: Sequence[int], backbone: str = 'ResNet') -> Placement:

@@ -14,7 +14,7 @@ from jax.nn import initializers
 
 from attention_jax import checks, functional, registry
 from attention_jax.models import placement as placements
-from attention_jax.models.attach import attach
+from attention_jax.models.attach import attach, run_block
 from attention_jax.modules.layers import (
     BatchNorm,
     Conv,
@@ -240,27 +240,15 @@ class ResNet(nn.Module):
         rates = iter(np.linspace(0, self.drop_path_rate, sum(self.depths)).tolist())
         for s, (depth, planes) in enumerate(zip(self.depths, self.widths, strict=True)):
             for b in range(depth):
-                name = f'stage{s + 1}_block{b}'
-                for where in ('before_block', None, 'after_block', 'stage'):
-                    if where is None:
-                        here = placement is not None and b in placement.blocks[s]
-                        x = block(
-                            planes=planes,
-                            strides=self.stage_strides()[s] if b == 0 else 1,
-                            attention=builders[s],
-                            where=placement.where if here else None,
-                            drop_path_rate=next(rates),
-                            name=name,
-                        )(x, train=train)
-                    elif placement and placement.at(where, s, b):
-                        x = attach(
-                            self,
-                            builders[s],
-                            f'{name}_{where}_attention',
-                            x,
-                            train=train,
-                            identity_init=self.identity_init,
-                        )
+                this = functools.partial(
+                    block,
+                    planes=planes,
+                    strides=self.stage_strides()[s] if b == 0 else 1,
+                    drop_path_rate=next(rates),
+                )
+                x = run_block(
+                    self, this, x, s, b, placement=placement, build=builders[s], train=train
+                )
             if s == 0 and self.spatial_dims == 3:
                 x = functional.max_pool(x, (2, 1, 1), strides=(2, 1, 1), ceil_mode=True)
             stages[f'stage{s + 1}'] = x
@@ -319,11 +307,7 @@ class ResNet(nn.Module):
         if self.spatial_dims == 3 and x.ndim != 5:
             raise ValueError(f'x must be [b, t, h, w, c] with spatial_dims=3, got shape {x.shape}')
         stride = (1 if self.stem == 'cifar' else 4) * math.prod(self.stage_strides())
-        if min(x.shape[-3:-1]) < stride:
-            raise ValueError(
-                f'x has {x.shape[-3]} x {x.shape[-2]} pixels, the network needs at least '
-                f'{stride} x {stride}'
-            )
+        checks.covers_stride(x, stride)
 
     def _stem(
         self, x: jax.Array, attention: Callable[..., nn.Module] | None, *, train: bool

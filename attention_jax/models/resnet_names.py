@@ -50,7 +50,7 @@ def torch_names(network: ResNet, *, naming: Naming = Naming()) -> registry.Torch
     if network.attention is not None:
         entry = registry.attention_entry(network.attention)
         module = registry.create_attention(entry.name, **network.stage_arguments()[-1])
-        tables = entry.torch_names(module) if callable(entry.torch_names) else entry.torch_names
+        tables = registry.torch_names(entry, module)
         prefixes = _PREFIXES.get(entry.name, (entry.name,))
         if naming.prefix is not None:
             prefixes = (naming.prefix, *(p for p in prefixes if p != naming.prefix))
@@ -103,7 +103,7 @@ def _torchvision(network: ResNet, prefix: str, table: Names, backbone: str) -> N
                 names[between] = (f'{block}_before_block_attention/**', table)
                 position += 1
             theirs = f'layer{s + 1}.{position}'
-            replaced = placement.where if placement and b in placement.blocks[s] else None
+            replaced = placement and placement.inside(s, b)
             for i in range(1, _convolutions(network) + 1):
                 if replaced == f'conv{i}':
                     names[f'{theirs}.conv{i}.**'] = (f'{block}/conv{i}/**', table)

@@ -48,31 +48,15 @@ _ECA_KERNELS = {
 _NON_LOCAL_TEN = 'after_block@2:0,1,2,3+3:0,1,2,3,4,5'
 
 
-def resnet(**arguments: Any) -> ResNet:
-    """Builds a `ResNet`; an unknown argument is a ValueError that lists the known ones."""
-    registry.check_arguments('this network', arguments, registry.fields(ResNet))
-    return ResNet(**arguments)
-
-
 def _register(
     name: str, description: Mapping[str, Any], *, names: Naming | None = None, **facts: Any
 ) -> None:
     def build(**arguments: Any) -> ResNet:
-        return _build(description, arguments)
+        return registry.create_described(ResNet, description, arguments)
 
     facts = {'family': 'resnet', **facts}
     foreign = functools.partial(torch_names, naming=names or Naming())
     registry.register_model(name, build, torch_names=foreign, **facts)
-
-
-def _build(description: Mapping[str, Any], arguments: Mapping[str, Any]) -> ResNet:
-    """The described network, with what the caller changes in it."""
-    merged = {**description, **arguments}
-    if merged.get('attention') != description.get('attention'):
-        # Another mechanism: its own place and arguments, not those of the described one.
-        for key in {'placement', 'attention_args'} - set(arguments):
-            merged.pop(key, None)
-    return resnet(**merged)
 
 
 def _described(depth: int, **more: Any) -> dict[str, Any]:
@@ -102,7 +86,7 @@ def _eca(depth: int) -> Any:
         if len(sizes) != 4:
             raise ValueError(f'kernel_size must have one entry a stage, 4, got {len(sizes)}')
         description['attention_args'] = tuple({'kernel_size': k} for k in sizes)
-        return _build(description, arguments)
+        return registry.create_described(ResNet, description, arguments)
 
     return build
 
