@@ -25,15 +25,21 @@ SIZE = 128
 # Of gradients, relative to the largest. The deep ResNeSts normalise two pooled vectors in each of
 # their blocks, so that rounding grows with the gradient (to 2e8 in the stem of 101 layers).
 TOLERANCE = {'resnest101e': 1e-5, 'resnest200e': 1e-5, 'resnest269e': 1e-5}
+# With weights of any size these two are chaotic, and float32 says nothing of them: in float64,
+# weights moved by half a unit in the last place of float32 move resnest200e's logits by 6e-4, and
+# PyTorch's own float32 is off by 2e-4 there, by 0.15 in resnest269e. They keep timm's own random
+# weights; only the running statistics are drawn.
+TIMM_WEIGHTS = ('resnest200e', 'resnest269e')
 pytestmark = pytest.mark.slow
 
 
 def filled(name):
     """timm's network in float64, every array drawn from its name."""
+    torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False).double()
     state = {
         key: torch.from_numpy(np.asarray(helpers.drawn(key, tuple(value.shape))))
-        if value.is_floating_point()
+        if value.is_floating_point() and (name not in TIMM_WEIGHTS or 'running_' in key)
         else value
         for key, value in model.state_dict().items()
     }
