@@ -320,6 +320,13 @@ def _register_all() -> None:
         width_divisor=None,
         dropout_rate=0.25,
     )
+    _register(
+        'ca_mobilenetv2',
+        'arXiv 2103.02907',
+        attention='coordinate',
+        placement='expanded',
+        dropout_rate=0.1,
+    )
     for attention, paper, baseline, reductions in (
         ('se', 'arXiv 1709.01507', {'use_bias': False}, (16, 24, 32)),
         ('cbam', 'arXiv 1807.06521', {}, (16, 24)),

@@ -60,4 +60,5 @@ PUBLISHED: dict[str, tuple[tuple[float, str], ...]] = {
     'triplet_mobilenetv2': ((71.99, _AUTHORS),),
     'se_mobilenetv2_r24': ((73.5, _COORDINATE),),
     'cbam_mobilenetv2_r24': ((73.6, _COORDINATE),),
+    'ca_mobilenetv2': ((74.3, _AUTHORS),),
 }

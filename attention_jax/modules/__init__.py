@@ -3,6 +3,7 @@
 from attention_jax.modules.bam import BAM
 from attention_jax.modules.cbam import CBAM, CBAMChannel, CBAMSpatial
 from attention_jax.modules.cgnl import CGNL
+from attention_jax.modules.coordinate import CoordinateAttention
 from attention_jax.modules.criss_cross import CrissCrossAttention
 from attention_jax.modules.cross_layer_non_local import CrossLayerNonLocal
 from attention_jax.modules.danet import ChannelAffinityAttention, DANetHead, PositionAttention
@@ -30,6 +31,7 @@ __all__ = [
     'CBAMChannel',
     'CBAMSpatial',
     'ChannelAffinityAttention',
+    'CoordinateAttention',
     'CrissCrossAttention',
     'CrossLayerNonLocal',
     'DANetHead',

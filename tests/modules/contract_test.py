@@ -33,6 +33,7 @@ COUNTS = {
     'cbam_channel': (8_464, 16_384),
     'cbam_spatial': (100, 307_328),
     'cgnl': (102_912, 321_929_216),
+    'coordinate': (6_680, 458_752),
     'criss_cross': (82_241, 716_111_872),
     'cross_layer_non_local': (33_280, 732_168_192),
     'danet_head': (378_449, 1_918_529_536),

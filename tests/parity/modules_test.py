@@ -45,6 +45,11 @@ TIMM = {
     'cbam_spatial/timm_light': (lambda t, c: t.cbam.LightSpatialAttn(), {}),
     'cbam/timm': (lambda t, c: t.cbam.CbamModule(c), {}),
     'cbam/timm_light': (lambda t, c: t.cbam.LightCbamModule(c), {}),
+    'coordinate/timm': (lambda t, c: t.coord_attn.CoordAttn(c), {}),
+    'coordinate/timm residual': (
+        lambda t, c: t.coord_attn.CoordAttn(c, bias=True, act_layer=torch.nn.SiLU, has_skip=True),
+        {'use_bias': True, 'activation': 'silu', 'residual': True},
+    ),
     'gc/timm': (lambda t, c: t.GlobalContext(c), {}),
     'gc/timm both': (
         lambda t, c: t.GlobalContext(c, fuse_add=True),
