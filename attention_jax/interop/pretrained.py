@@ -36,6 +36,9 @@ _FREE = {
     'zero_init_last',
     'initialization',
     'spatial_dims',
+    'anchors',
+    'masks',
+    'image_size',
 }
 # ... and those that may where the weights are of a network without a mechanism.
 _MECHANISM = {'attention': None, 'placement': None, 'attention_args': None, 'identity_init': False}
@@ -103,7 +106,8 @@ def load_pretrained(
         seed: of the new arrays.
         **arguments: the network's own; those that are not given are the ones that a file of ours or
             a work directory was made with, and `num_classes` is the weights' own. The head of
-            weights without one is new, and asked for with `num_classes`.
+            weights without one is new, and asked for with `num_classes`; so are the neck and the
+            heads of a detector where the weights are its backbone's alone.
 
     Returns:
         The Linen module; its variables, every collection, as NumPy arrays of the file's types; and
@@ -160,7 +164,7 @@ def load_variables(
     """
     entry, weights = registry.model_entry(name), _open(source)
     own, arrays = _read_weights(name, weights)
-    given = {field: getattr(module, field) for field in ('num_classes', 'attention')}
+    given = {field: getattr(module, field, None) for field in ('num_classes', 'attention')}
     found = _read_own(entry, module, arrays, weights, own, given)
     variables, report = _transfer(module, found, example, seed)
     return variables, dataclasses.replace(report, preprocessing=_preprocessing(entry, weights))
@@ -364,16 +368,19 @@ def _read_ours(
 def _other_classes(own: _Own, arrays: Mapping[str, np.ndarray], *, headless: bool) -> Sequence[int]:
     """Numbers of classes that would explain what did not fit; 0 is a network without a head."""
     asked, report = own.module.num_classes, own.report
+    # A detector has several outputs a class.
+    classes_of = getattr(own.module, 'classes_of', lambda outputs: outputs)
     numbers = {
-        theirs[0]
+        classes_of(theirs[0])
         for theirs, ours in report.mismatched.values()
-        if len(theirs) == 1 and ours == (asked,)
+        if len(theirs) == len(ours) == 1 and classes_of(ours[0]) == asked
     }
     if asked == 0:
-        numbers |= {arrays[key].shape[0] for key in report.unused if arrays[key].ndim == 1}
+        unused = (arrays[key].shape for key in report.unused)
+        numbers |= {classes_of(shape[0]) for shape in unused if len(shape) == 1}
     elif headless and report.missing:
         numbers.add(0)
-    return sorted(numbers)
+    return sorted(numbers - {None})
 
 
 def _check_same(own: nn.Module, module: nn.Module, weights: _Weights) -> None:

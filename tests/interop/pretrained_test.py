@@ -158,6 +158,75 @@ def test_a_mechanism_that_starts_as_the_identity_changes_nothing(tmp_path):
     helpers.assert_close(out, jax.jit(plain.apply)(variables, x), 1e-6)
 
 
+# Detectors: heads of several outputs a class, and a backbone that comes alone.
+
+YOLO = {'width': 0.125, 'num_classes': 4}
+YOLO_HEADS = {f'params/head{s}/{leaf}' for s in (16, 32) for leaf in ('kernel', 'bias')}
+
+
+def yolo_variables(name='yolov4_tiny', **arguments):
+    module = attention_jax.create_model(name, **YOLO | arguments)
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    return helpers.random_variables(module, x, dtype=np.float32)
+
+
+@pytest.mark.parametrize('form', ['torch', 'ours'])
+@pytest.mark.parametrize(
+    ('held', 'asked', 'new'),
+    [
+        ({}, {}, set()),
+        ({'masks': ((3, 4), (0, 1, 2))}, {'num_classes': 6}, YOLO_HEADS),
+    ],
+)
+def test_detectors_of_other_classes(tmp_path, form, held, asked, new):
+    path = tmp_path / 'x.safetensors'
+    variables = yolo_variables(**held)
+    if form == 'torch':
+        state = torch.to_state_dict('yolov4_tiny', variables, **YOLO | held)
+        files.write(path, state, {'format': 'pt'})
+        arguments = {'width': 0.125} | held | asked
+    else:
+        pretrained.save(path, 'yolov4_tiny', variables, arguments=YOLO | held)
+        arguments = asked | {'anchors': ((9, 9),) * 6, 'image_size': (64, 96)}
+    module, loaded, report = load_pretrained('yolov4_tiny', path, **arguments)
+    assert module.num_classes == asked.get('num_classes', 4)
+    assert (set(report.new), report.dropped, report.faults) == (new, (), 0)
+    assert_same(loaded, variables, but=new)
+
+
+def test_a_detectors_mechanism_is_new(tmp_path):
+    path = tmp_path / 'x.safetensors'
+    variables = yolo_variables()
+    files.write(path, torch.to_state_dict('yolov4_tiny', variables, **YOLO), {'format': 'pt'})
+    arguments = {'width': 0.125, 'attention': 'se', 'attention_args': {'reduction': 4}}
+    _, loaded, report = load_pretrained('yolov4_tiny', path, num_classes=2, **arguments)
+    gates = {path for path in report.new if '_attention/' in path}
+    assert len(gates) == 3 * 4
+    assert set(report.new) == gates | YOLO_HEADS
+    assert_same(loaded, variables, but=report.new)
+
+
+@pytest.mark.parametrize(
+    ('prefix', 'attention', 'classes'), [('', None, 0), ('backbone.', None, 0), ('', 'eca', 5)]
+)
+def test_a_backbone_alone(tmp_path, prefix, attention, classes):
+    path = tmp_path / 'x.safetensors'
+    variables = yolo_variables('darknet53_tiny', num_classes=classes)
+    facts = {'width': 0.125, 'num_classes': classes}
+    state = torch.to_state_dict('darknet53_tiny', variables, **facts)
+    files.write(path, {f'{prefix}{k}': v for k, v in state.items()}, {'format': 'pt'})
+    arguments = {'width': 0.125, 'attention': attention}
+    _, loaded, report = load_pretrained('yolov4_tiny', path, num_classes=3, **arguments)
+    assert len(report.ignored) == (2 if classes else 0)
+    for kind in ('params', 'batch_stats'):
+        variables[kind].pop('head', None)
+        assert_same(loaded[kind]['backbone'], variables[kind])
+    assert set(report.new) > YOLO_HEADS
+    assert not any('/backbone/' in path for path in report.new)
+    with pytest.raises(ValueError, match=r"'backbone'; \d+ missing: .*head16/bias"):
+        load_pretrained('yolov4_tiny', path, **arguments)
+
+
 def test_own_file_keeps_everything(tmp_path):
     path = tmp_path / 'x.safetensors'
     arguments = {

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -49,8 +50,8 @@ def test_counts(name):
     row = COUNTS[name]
     entry = registry.model_entry(name)
     assert (*entry.input_size, 3) == tuple(row['input'])
-    assert entry.num_classes == row['num_classes']
-    model = attention_jax.create_model(name)
+    assert entry.num_classes == (row['num_classes'] or 0)
+    model = attention_jax.create_model(name, num_classes=row['num_classes'])
     parameters, macs, matmul = helpers.counted(model, (1, *row['input']))
     assert (parameters, macs) == (row['params'], row['macs'])
     assert matmul == row['matmul'] - centring(name)
@@ -71,20 +72,29 @@ def test_values_and_gradients(x64, name):
     seed, buffers = meta['seed'], [n for n in names['buffers'] if 'num_batches' not in n]
     shapes = {**names['parameters'], **names['buffers']}
     state = {n: helpers.drawn(n, shapes[n], seed) for n in [*names['parameters'], *buffers]}
-    arguments = {'num_classes': meta['outputs'][0][1], 'dropout_rate': 0.0}
+    if 'yolo' in name:
+        arguments = {'num_classes': COUNTS[name]['num_classes']}
+    else:
+        arguments = {'num_classes': meta['outputs'][0][1], 'dropout_rate': 0.0}
     model, variables, report = torch.from_state_dict(name, state, **arguments)
     x = np.moveaxis(helpers.generator('input', seed).standard_normal(meta['input']), 1, -1)
-    cotangent = helpers.generator('cotangent/0', seed).standard_normal(meta['outputs'][0])
+    # Channels last; one array, or a list of the outputs of a network that has several.
+    cotangents = [
+        np.moveaxis(helpers.generator(f'cotangent/{i}', seed).standard_normal(shape), 1, -1)
+        for i, shape in enumerate(meta['outputs'])
+    ]
     # The stored training call of timm's legacy networks had its dropout on.
     for mode in ('eval',) if name.startswith('legacy') else ('eval', 'train'):
         part = helpers.prefixed(stored, f'{mode}/')
         if not part:
             continue
         out, changed, by_params, (by_x,) = helpers.value_and_gradients(
-            model, variables, (x,), cotangent, mode == 'train'
+            model, variables, (x,), cotangents, mode == 'train'
         )
-        helpers.assert_close(sample(out), part['output/0'], what=f'{mode}/output')
-        helpers.assert_close(np.linalg.norm(out), part['output_norm/0'], what=f'{mode}/output_norm')
+        for i, output in enumerate(jax.tree.leaves(out)):
+            what, nchw = f'{mode}/output/{i}', np.moveaxis(output, -1, 1)
+            helpers.assert_close(sample(nchw), part[f'output/{i}'], what=what)
+            helpers.assert_close(np.linalg.norm(nchw), part[f'output_norm/{i}'], what=what)
         nchw = np.moveaxis(np.asarray(by_x), -1, 1)
         largest = np.abs(part['grad_input']).max()
         np.testing.assert_allclose(sample(nchw), part['grad_input'], atol=1e-8 * largest, rtol=1e-7)
