@@ -4,12 +4,14 @@ Stands alone: nothing here imports the rest of the package, and importing it loa
 TFDS, grain nor scikit-learn; the functions do when they are called.
 """
 
-from attention_jax.data.loader import EvalBatches, eval_batches, train_batches
-from attention_jax.data.sources import Description, Source, source
+from attention_jax.data.labelled import Description, Source
+from attention_jax.data.loader import EvalBatches, Examples, eval_batches, train_batches
+from attention_jax.data.sources import source
 
 __all__ = [
     'Description',
     'EvalBatches',
+    'Examples',
     'Source',
     'eval_batches',
     'source',

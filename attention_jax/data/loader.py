@@ -11,12 +11,9 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-
-from attention_jax.data import transforms
-from attention_jax.data.sources import Source
 
 if TYPE_CHECKING:
     import grain
@@ -25,8 +22,48 @@ Batch = dict[str, np.ndarray]
 _MOST_THREADS = 16  # each holds a batch of decoded pictures, 38 MB for 256 of 224x224
 
 
+class Examples(Protocol):
+    """What batches are made of: one split of a data set, by position.
+
+    Attributes:
+        description: of the whole data set; it has a `name`.
+        split: what was asked for, such as 'train[:90%]'.
+        in_batches: `train_batch` and `eval_batch` make whole batches at once; else `train_example`
+            and `eval_example` make one example at a time.
+        in_memory: the decoded pictures are held.
+        by_position: `train_example` takes (position, index), the position being the number of
+            examples before it in the run; else the index alone.
+    """
+
+    description: Any
+    split: str
+    in_batches: bool
+    in_memory: bool
+    by_position: bool
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def warnings(self) -> list[str]:
+        """What was left out of the data so far and why, counted, a line each."""
+
+    def train_example(self, index: Any, rng: np.random.Generator) -> Batch:
+        """An augmented example."""
+
+    def train_batch(
+        self, indices: np.ndarray, rng: np.random.Generator, batch_size: int, share: slice
+    ) -> Batch:
+        """The part `share` of an augmented batch, whose draws are those of the whole batch."""
+
+    def eval_example(self, position: int) -> Batch:
+        """An example with a 'mask'; a position from the length on is padding, its mask 0."""
+
+    def eval_batch(self, positions: np.ndarray) -> Batch:
+        """The same for a whole batch."""
+
+
 def train_batches(
-    source: Source,
+    source: Examples,
     data_config: Any,
     *,
     batch_size: int,
@@ -49,9 +86,10 @@ def train_batches(
         process_count: how many share the batch.
 
     Returns:
-        An iterator of {'image': uint8 [batch_size / process_count, h, w, c], 'label': int32
-        [batch_size / process_count]}. `get_state()` is {'next_index': n}, n the number of batches
-        taken; `set_state` continues there. Close it (`close()`) when done.
+        An iterator of what the source makes, with an axis of batch_size / process_count in front:
+        'image' uint8 [b, h, w, c] and 'label' int32 [b], or boxes. `get_state()` is
+        {'next_index': n}, n the number of batches taken; `set_state` continues there. Close it
+        (`close()`) when done.
 
     Raises:
         ValueError: arguments that make no batches.
@@ -71,11 +109,13 @@ def train_batches(
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
     if source.in_batches:
         batches = order[share].batch(local, drop_remainder=True, batch_fn=np.asarray)
-        make = functools.partial(_augmented_batch, source, batch_size, share)
+        make = functools.partial(source.train_batch, batch_size=batch_size, share=share)
         batches = batches.random_map(make)
     else:
+        if source.by_position:
+            order = order.map_with_index(_with_position)
         # Before the share is taken, so that the draws belong to the example's global position.
-        examples = order.random_map(functools.partial(_augmented_example, source))
+        examples = order.random_map(source.train_example)
         batches = examples[share].batch(local, drop_remainder=True)
     return _iterate(batches, source, _workers(data_config))
 
@@ -91,7 +131,7 @@ class EvalBatches:
     """
 
     batches: grain.MapDataset[Batch]
-    source: Source
+    source: Examples
     workers: int
 
     def __len__(self) -> int:
@@ -108,7 +148,7 @@ class EvalBatches:
 
 
 def eval_batches(
-    source: Source,
+    source: Examples,
     data_config: Any,
     *,
     batch_size: int,
@@ -125,9 +165,8 @@ def eval_batches(
         process_count: how many share the batch.
 
     Returns:
-        An iterable, of known length, of {'image': uint8 [b, h, w, c], 'label': int32 [b], 'mask':
-        float32 [b]}, b = batch_size / process_count. The last batch is filled up with black
-        pictures of label 0 and mask 0; every other mask is 1.
+        An iterable, of known length, of what the source makes and a 'mask' float32 [b], b =
+        batch_size / process_count. The last batch is filled up with black pictures of mask 0.
 
     Raises:
         ValueError: arguments that make no batches.
@@ -140,86 +179,23 @@ def eval_batches(
     positions = grain.MapDataset.range(total)[process_index::process_count]
     if source.in_batches:
         batches = positions.batch(local, batch_fn=np.asarray)
-        batches = batches.map(functools.partial(_plain_batch, source))
+        batches = batches.map(source.eval_batch)
     else:
-        batches = positions.map(functools.partial(_plain_example, source)).batch(local)
+        batches = positions.map(source.eval_example).batch(local)
     return EvalBatches(batches, source, _workers(data_config))
 
 
-def _augmented_batch(
-    source: Source, batch_size: int, share: slice, indices: np.ndarray, rng: np.random.Generator
-) -> Batch:
-    images = source.images[indices]
-    if source.augment != 'none':
-        # Drawn for the whole global batch: this process's part is the same part of one draw.
-        offsets, flips = _draw(batch_size, source.augment, rng)
-        images = transforms.pad_crop(images, offsets[share], flips[share])
-    return {'image': images, 'label': source.labels[indices]}
-
-
-def _augmented_example(source: Source, index: int, rng: np.random.Generator) -> Batch:
-    picture, label = source.example(index)
-    description = source.description
-    size, interpolation = description.image_shape[:2], description.interpolation
-    if source.augment == 'random_resized_crop':
-        crop = transforms.random_resized_crop(picture, size, rng, interpolation)
-        image = transforms.to_array(crop)
-        if description.flip and rng.random() < 0.5:
-            image = image[:, ::-1]
-    else:
-        whole = transforms.resize_and_crop(picture, size, interpolation=interpolation)
-        image = transforms.to_array(whole)
-        if source.augment != 'none':
-            offsets, flips = _draw(1, source.augment, rng)
-            image = transforms.pad_crop(image[None], offsets, flips)[0]
-    return {'image': image, 'label': np.int32(label)}
-
-
-def _draw(count: int, augment: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets [count, 2] and flips [count] for `transforms.pad_crop`."""
-    offsets = rng.integers(2 * transforms.PADDING + 1, size=(count, 2))
-    if augment == 'pad_crop_flip':
-        return offsets, rng.random(count) < 0.5
-    return offsets, np.zeros(count, bool)
-
-
-def _plain_batch(source: Source, positions: np.ndarray) -> Batch:
-    there = positions < len(source)
-    indices = np.where(there, positions, 0)
-    images = source.images[indices]
-    images[~there] = 0
-    return {
-        'image': images,
-        'label': np.where(there, source.labels[indices], 0).astype(np.int32),
-        'mask': there.astype(np.float32),
-    }
-
-
-def _plain_example(source: Source, position: int) -> Batch:
-    description = source.description
-    shape = description.image_shape
-    if position >= len(source):
-        image, label = np.zeros(shape, np.uint8), 0
-    else:
-        picture, label = source.example(position)
-        ratio = 1 / description.crop if source.augment == 'random_resized_crop' else 1.0
-        image = transforms.to_array(
-            transforms.resize_and_crop(picture, shape[:2], ratio, description.interpolation)
-        )
-    return {
-        'image': image,
-        'label': np.int32(label),
-        'mask': np.float32(position < len(source)),
-    }
+def _with_position(position: int, index: int) -> tuple[int, int]:
+    return position, index
 
 
 def _iterate(
-    batches: grain.MapDataset[Batch], source: Source, workers: int
+    batches: grain.MapDataset[Batch], source: Examples, workers: int
 ) -> grain.DatasetIterator[Batch]:
     """Prepares batches ahead, in the way that suits where the pictures are."""
     import grain
 
-    if source.images is None and workers:
+    if workers and not source.in_memory:
         from attention_jax.data.workers import WorkerIterator
 
         return WorkerIterator(batches, workers)

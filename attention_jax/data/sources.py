@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from attention_jax.data import prepared, transforms
+from attention_jax.data.labelled import Description, Source
 
 AUGMENTATIONS = ('none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop')
 _CACHE_LIMIT = 2**30  # bytes of pixels that are held decoded unless data.cache says otherwise
@@ -28,75 +29,6 @@ _STATISTICS = {
 }
 # A mirrored character is another character or none.
 _NO_FLIP = ('digits', 'mnist', 'svhn', 'omniglot', 'cmaterdb', 'gtsrb')
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What a data set holds.
-
-    Attributes:
-        name: as in `data.name`.
-        image_shape: (h, w, c) of the pictures in a batch.
-        num_classes: labels are 0 .. num_classes - 1.
-        class_names: one a label.
-        splits: {name: number of examples}, all that there are.
-        mean: over the channels, of values in 0..1, to normalise with.
-        std: the same.
-        flip: whether a mirrored picture is still of its class.
-        crop: what evaluation keeps of a large picture: side of the centre crop over the shorter
-            side before it.
-        interpolation: Pillow's name of the filter that resizes, in small letters.
-    """
-
-    name: str
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    class_names: tuple[str, ...]
-    splits: dict[str, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    flip: bool
-    crop: float = transforms.EVAL_CROP
-    interpolation: str = 'bilinear'
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Source:
-    """One split, by position: arrays in memory, or records that are decoded when asked for.
-
-    Attributes:
-        description: of the whole data set.
-        split: what was asked for, such as 'train[:90%]'.
-        augment: one of `AUGMENTATIONS`.
-        images: uint8 [n, h, w, c] in memory, or None. Of `description.image_shape`, except with
-            'random_resized_crop', which crops from the pictures as they are stored.
-        labels: int32 [n], beside `images`.
-        records: else a sequence of {'image': encoded bytes or array, 'label': int}.
-    """
-
-    description: Description
-    split: str
-    augment: str
-    images: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    records: Any = None
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.records if self.images is None else self.images)
-
-    @property
-    def in_batches(self) -> bool:
-        """Whether a whole batch is gathered and augmented at once (else picture by picture)."""
-        return self.images is not None and self.augment != 'random_resized_crop'
-
-    def example(self, index: int) -> tuple[Image.Image, int]:
-        """One picture in its stored size, and its label."""
-        channels = self.description.image_shape[-1]
-        if self.images is not None:
-            return transforms.to_picture(self.images[index], channels), int(self.labels[index])
-        record = self.records[index]
-        return transforms.to_picture(record['image'], channels), int(record['label'])
 
 
 def source(data_config: Any, split: str, preprocessing: Any = None) -> Source:
