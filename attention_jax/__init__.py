@@ -11,6 +11,7 @@ from attention_jax.registry import create_attention, create_model, list_attentio
 if TYPE_CHECKING:
     from attention_jax.analysis.maps import attention_maps
     from attention_jax.interop.pretrained import load_pretrained
+    from attention_jax.tasks.prediction import predict
     from attention_jax.training.checkpoints import load
 
 __version__ = '0.1.0'
@@ -24,6 +25,7 @@ _LAZY = {
     'load': 'attention_jax.training.checkpoints',
     'load_pretrained': 'attention_jax.interop.pretrained',
     'models': 'attention_jax.models',
+    'predict': 'attention_jax.tasks.prediction',
     'tasks': 'attention_jax.tasks',
     'training': 'attention_jax.training',
 }
@@ -37,6 +39,7 @@ __all__ = [
     'list_models',
     'load',
     'load_pretrained',
+    'predict',
     *_mechanisms,
 ]
 

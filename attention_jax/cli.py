@@ -5,6 +5,8 @@
     attention-jax benchmark se gc --shape 8x56x56x64
     attention-jax inspect MODEL_OR_CONFIG --device v5e:2x4
     attention-jax convert timm/seresnet50.a1_in1k seresnet50.safetensors
+    attention-jax anchors voc:VOCdevkit/VOC2007 --split trainval
+    attention-jax predict runs/yolov4_tiny-digit_scenes photo.jpg --output boxes
 
 Exit status: 0 done, 2 what was given is wrong, 1 anything else, 130 interrupted.
 
@@ -34,7 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (None: the process's) and returns its exit status."""
     parser = _Parser(prog='attention-jax', description='Visual attention in JAX: tools.')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
-    for add in (_add_table, _add_benchmark, _add_inspect, _add_convert):
+    for add in (
+        _add_table,
+        _add_benchmark,
+        _add_inspect,
+        _add_convert,
+        _add_anchors,
+        _add_predict,
+    ):
         add(commands)
     try:
         options = parser.parse_args(argv)
@@ -420,6 +429,133 @@ def _convert_rows(options: argparse.Namespace, done: Any) -> list[Row]:
     if done.licence:
         rows.append(('licence', done.licence, ''))
     return rows
+
+
+# anchors
+
+
+def _add_anchors(commands: Any) -> None:
+    parser = commands.add_parser(
+        'anchors',
+        help='sizes of boxes that stand for those of a data set',
+        description='Groups the boxes of a data set by k-means with the distance 1 - IoU of their '
+        'sizes, on pictures letterboxed to the input size, and prints the medians by rising area.',
+    )
+    parser.set_defaults(run=_anchors)
+    parser.add_argument(
+        'dataset',
+        metavar='DATASET',
+        help='digit_scenes, voc:PATH, coco:PATH, or a prepared TFDS name such as voc/2007',
+    )
+    parser.add_argument('--split', default='train', help='%(default)s')
+    parser.add_argument('--data-dir', metavar='DIR', help='where TFDS finds it')
+    parser.add_argument('--size', type=int, metavar='PIXELS', help="a side; the data set's, or 416")
+    parser.add_argument('--number', type=int, default=6, metavar='K', help='%(default)s')
+    parser.add_argument('--seed', type=int, default=0, help='of the first centres; %(default)s')
+
+
+def _anchors(options: argparse.Namespace) -> None:
+    import types
+
+    from attention_jax.data import anchors, detection
+
+    config = types.SimpleNamespace(
+        data=types.SimpleNamespace(
+            name=options.dataset, data_dir=options.data_dir, image_size=options.size
+        ),
+        detection=types.SimpleNamespace(max_boxes=1),  # of a training example
+    )
+    source = detection.source(config, options.split, train=False)
+    sizes = source.box_sizes()
+    found = anchors.kmeans(sizes, options.number, options.seed)
+    best = anchors.overlap(sizes, found).max(-1)
+    print(
+        f'{len(sizes):,} boxes of {len(source):,} pictures; mean IoU with the best anchor', end=''
+    )
+    print(f' {best.mean():.4f}')
+    listed = ''.join(f'({round(w)}, {round(h)}), ' for w, h in found)
+    print(f'--config.detection.anchors="({listed.rstrip()})"')
+    for line in source.warnings():
+        print(line, file=sys.stderr)
+
+
+# predict
+
+
+def _add_predict(commands: Any) -> None:
+    parser = commands.add_parser(
+        'predict',
+        help='boxes on photos, by a network that was trained to detect',
+        description='Writes DIR/NAME.png, the photo with boxes, names and scores, and '
+        'DIR/NAME.json, the same as numbers: (x1, y1, x2, y2) in pixels of the photo.',
+    )
+    parser.set_defaults(run=_predict)
+    parser.add_argument('workdir', metavar='WORKDIR', type=pathlib.Path, help='of a training run')
+    parser.add_argument('images', metavar='IMAGE', nargs='+', type=pathlib.Path, help='photos')
+    parser.add_argument('--output', metavar='DIR', required=True, type=pathlib.Path)
+    parser.add_argument(
+        '--score-threshold', type=float, default=0.5, metavar='S', help='%(default)s'
+    )
+    parser.add_argument('--iou-threshold', type=float, default=0.3, metavar='I', help='%(default)s')
+
+
+def _predict(options: argparse.Namespace) -> None:
+    for name in ('score_threshold', 'iou_threshold'):
+        if not 0 <= getattr(options, name) <= 1:
+            option = f'--{name.replace("_", "-")}'
+            raise ValueError(f'{option} must be in 0 to 1, got {getattr(options, name)}')
+    stems = [image.stem for image in options.images]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    if twice:
+        raise ValueError(f'two photos are called {twice[0]!r}: predict them into different folders')
+
+    from PIL import Image
+
+    import attention_jax
+    from attention_jax.tasks import prediction
+    from attention_jax.training.workdir import read_config
+
+    config = read_config(options.workdir)
+    if config.task != 'detection':
+        raise ValueError(f'workdir {options.workdir} holds a run of {config.task}, not detection')
+    missing = [image for image in options.images if not image.is_file()]
+    if missing:
+        raise ValueError(f'photo {missing[0]} is not there')
+    model, variables, config = attention_jax.load(options.workdir)
+    names = config.dataset.class_names
+    options.output.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for path in options.images:
+        try:
+            photo = Image.open(path).convert('RGB')
+        except OSError as error:  # also Pillow's error for what is no picture
+            failed.append(path)
+            print(f'{path}: cannot be read: {error}', file=sys.stderr)
+            continue
+        found = prediction.predict(
+            model,
+            variables,
+            photo,
+            score_threshold=options.score_threshold,
+            iou_threshold=options.iou_threshold,
+        )
+        rows = [
+            {
+                'box': [round(float(v), 2) for v in box],
+                'class': names[number],
+                'score': float(score),
+            }
+            for box, number, score in zip(
+                found['boxes'], found['classes'], found['scores'], strict=True
+            )
+        ]
+        target = options.output / f'{path.stem}.png'
+        prediction.draw(photo, found, names).save(target)
+        report = {'image': str(path), 'width': photo.width, 'height': photo.height, 'boxes': rows}
+        target.with_suffix('.json').write_text(json.dumps(report, indent=2) + '\n')
+        print(f'{path}: {len(rows)} boxes: {target}')
+    if failed:
+        raise ValueError(f'{len(failed)} of {len(options.images)} photos could not be read')
 
 
 def _bytes(n: float) -> str:

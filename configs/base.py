@@ -29,7 +29,7 @@ def get_config(arg: str = 'digits') -> ConfigDict:
 def defaults() -> ConfigDict:
     """Returns every key with its default."""
     return create(
-        task='classification',
+        task='classification',  # or detection
         model=create(
             name='resnet50',  # `attention_jax.list_models()`
             num_classes=placeholder(int),  # None: the dataset's
@@ -46,10 +46,25 @@ def defaults() -> ConfigDict:
             split='train',  # examples to train on; slices work: train[:90%]
             test_split='test',  # examples to evaluate on, each counted once
             image_size=placeholder(int),  # pixels a side, square; None: the dataset's own, or 224
-            augment='auto',  # none, pad_crop, pad_crop_flip, random_resized_crop; auto: by size
+            # none, pad_crop, pad_crop_flip, random_resized_crop; for boxes random_scale; or auto
+            augment='auto',
             workers=0,  # processes that decode what is not in memory; 0: threads of this one
             cache=placeholder(bool),  # hold the decoded images in memory; None: if they are small
             preprocessing='auto',  # auto: as model.pretrained was trained, if given; or dataset
+            scale=(0.25, 2.0),  # detection: limits of the random scale
+            mosaic=0.0,  # detection: probability that an example is made of four images
+            mixup=0.0,  # detection: probability that such a one is mixed with one more image
+            mosaic_epochs=0.7,  # detection: share of the run, from its start, that has these two
+        ),
+        detection=create(
+            anchors=(),  # (w, h) of boxes in pixels; empty: the network's own
+            masks=(),  # the numbers of each scale's anchors, stride 32 first; empty: the network's
+            ignore_threshold=0.5,  # IoU from which a box nobody asked for is not called wrong
+            class_weight=placeholder(float),  # of the loss's term; None: classes / 80, its authors'
+            score_threshold=0.001,  # of the least certain box that is evaluated
+            iou_threshold=0.5,  # from which on the worse of two boxes of a class is dropped
+            max_detections=300,  # an image, the best
+            max_boxes=100,  # an image, in training; the largest are kept
         ),
         optimizer=create(
             name='sgd',  # sgd or adamw
@@ -62,7 +77,7 @@ def defaults() -> ConfigDict:
             accumulate=1,  # batches whose gradients are averaged for one update
         ),
         schedule=create(
-            name='steps',  # cosine (to 0), steps, exponential, or constant
+            name='steps',  # cosine (to 0), steps, exponential, constant, or yolo (its authors')
             warmup_epochs=0.0,  # linear from 0, in epochs
             boundaries=(0.3, 0.6, 0.9),  # steps: fractions of the run, so that epochs may change
             factor=0.1,  # of the rate: at each boundary (steps), after each epoch (exponential)

@@ -6,18 +6,27 @@ import jax
 import pytest
 
 from attention_jax import command_line
-from attention_jax.tasks.classification import build_model
+from attention_jax.tasks.network import build_model
 from attention_jax.training.optimizer import make_optimizer, make_schedule
 from attention_jax.training.workdir import check_config
-from configs import base
+from configs import base, yolov4_tiny
 
 CONFIGS = pathlib.Path(base.__file__).parent
-STUDIES = sorted(p.stem for p in CONFIGS.glob('*.py') if p.stem not in ('__init__', 'base'))
+DETECTION = 'yolov4_tiny'
+OTHERS = ('__init__', 'base', DETECTION)
+STUDIES = sorted(p.stem for p in CONFIGS.glob('*.py') if p.stem not in OTHERS)
 GROUPS = {
     'model': (
         'name num_classes attention attention_args placement arguments pretrained identity_init'
     ),
-    'data': 'name data_dir split test_split image_size augment workers cache preprocessing',
+    'data': (
+        'name data_dir split test_split image_size augment workers cache preprocessing scale '
+        'mosaic mixup mosaic_epochs'
+    ),
+    'detection': (
+        'anchors masks ignore_threshold class_weight score_threshold iou_threshold max_detections '
+        'max_boxes'
+    ),
     'optimizer': (
         'name learning_rate momentum nesterov weight_decay decay_mask clip_norm accumulate'
     ),
@@ -120,3 +129,25 @@ def test_cifar_is_akamasters():
 def test_unknown_dataset():
     with pytest.raises(ValueError, match="'mars' is unknown: use one of digits, cifar10, imagenet"):
         load('resnet', 'mars')
+
+
+@pytest.mark.parametrize('dataset', ['', *yolov4_tiny.DATASETS])
+def test_detection_can_be_built(dataset):
+    config = load(DETECTION, dataset)
+    config.lock()
+    assert leaves(config) == sorted(KEYS)
+    assert config.task == 'detection'
+    check_config(config)
+    steps = config.train.epochs * 100
+    rate = config.optimizer.learning_rate
+    schedule = make_schedule(config.schedule, rate, steps=steps, steps_per_epoch=100)
+    make_optimizer(config.optimizer, schedule)
+    model = build_model(config, 20)
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), 'float32')
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    if dataset in ('voc', 'coco'):
+        assert sum(x.size for x in jax.tree.leaves(shapes['params'])) == 5_918_006
+        assert [float(schedule(e * 100)) for e in (0, 3, 299)] == pytest.approx(
+            [2.5e-4, 2.5e-3, 2.5e-5]
+        )
+        assert (config.train.epochs, config.train.batch_size) == (300, 16)

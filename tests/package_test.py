@@ -20,7 +20,7 @@ ALLOWED = {
     'modules': {'checks', 'functional', 'registry'},
     'models': {'checks', 'functional', 'registry', 'modules'},
     'data': set(),
-    'tasks': {'checks', 'functional', 'registry', 'models', 'modules'},
+    'tasks': {'checks', 'functional', 'registry', 'models', 'modules', 'data'},
     'interop': {'checks', 'functional', 'registry', 'modules', 'models'},
     'analysis': {'checks', 'functional', 'registry', 'modules', 'models'},
 }

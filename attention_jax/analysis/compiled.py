@@ -352,12 +352,25 @@ def _read_config(job: Mapping[str, Any]) -> Any:
 
 
 def _plain_config(job: Mapping[str, Any], device: str) -> Any:
-    """The config of a network alone: classification, SGD with momentum."""
+    """The config of a network alone: SGD with momentum."""
     from ml_collections import ConfigDict
 
+    from attention_jax import registry
+
+    entry = registry.model_entry(job['model'])
     return ConfigDict(
         {
-            'task': 'classification',
+            'task': 'detection' if entry.family == 'yolo' else 'classification',
+            'detection': {
+                'anchors': (),
+                'masks': (),
+                'ignore_threshold': 0.5,
+                'class_weight': None,
+                'score_threshold': 0.001,
+                'iou_threshold': 0.5,
+                'max_detections': 300,
+                'max_boxes': 100,
+            },
             'model': {
                 'name': job['model'],
                 'num_classes': job['num_classes'],
@@ -391,6 +404,7 @@ def _plain_config(job: Mapping[str, Any], device: str) -> Any:
 def _describe_data(config: Any) -> tuple[Any, str]:
     """The data set's description, and a note where it is not the data set's own."""
     from attention_jax import data, registry
+    from attention_jax.tasks import open_source
 
     entry = registry.model_entry(config.model.name)
     note = ''
@@ -398,7 +412,7 @@ def _describe_data(config: Any) -> tuple[Any, str]:
         if config.data.name != 'digits':
             config.data.cache = False  # nothing is read but what the data set says of itself
         try:
-            return data.source(config.data, config.data.split).description, note
+            return open_source(config, config.data.split).description, note
         except ValueError:
             note = f'data set {config.data.name} is not here: images as the network is counted with'
     size = config.data.image_size

@@ -1,23 +1,36 @@
-"""Tasks: what a batch holds, the loss, the sums for metrics.
+"""Tasks: where the examples come from, what a batch holds, the loss, what an evaluation keeps.
 
 The training loop knows a task only as a `Task`, a handful of functions. A new task is a file beside
-`classification.py` with a `create(config, description)`, and a line in `_TASKS`.
+`classification.py` with a `source(config, split, preprocessing, train)` and a
+`create(config, description)`, and a line in `_TASKS`.
 """
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from attention_jax import checks
-from attention_jax.tasks import classification
 
 Batch = Mapping[str, jax.Array]
 Sums = Mapping[str, jax.Array]
+Measured = Mapping[str, Any]
 
-_TASKS = {'classification': classification}
+_TASKS = ('classification', 'detection')  # the files beside this one
+
+
+def _no_samples(batch: Batch, measured: Measured) -> dict[str, np.ndarray]:
+    del batch, measured
+    return {}
+
+
+def _no_table(results: Mapping[str, float]) -> str:
+    del results
+    return ''
 
 
 class Task(NamedTuple):
@@ -28,18 +41,46 @@ class Task(NamedTuple):
         abstract_batch: global batch size, `train=False` for evaluation -> shapes and types.
         inputs: batch -> what the network takes; traced inside the step.
         loss: (outputs, batch) -> the mean loss to differentiate, and sums over the batch.
-        sums: (outputs, batch with a mask) -> sums over the examples that count.
-        metrics: sums added up over batches -> numbers by name.
-        best: the metric that ranks checkpoints; larger is better.
+        metrics: the loss's sums added up over batches -> numbers by name.
+        measure: (outputs, batch with a mask) -> the arrays that an evaluation keeps of a batch;
+            traced inside the step.
+        results: what was kept of all batches, as NumPy arrays -> numbers by name.
+        best: the result that ranks checkpoints; larger is better.
+        samples: (a batch, what was kept of it) -> name -> picture uint8 [h, w, 3], to look at.
+        table: results -> lines to print at the end of a run, beside the numbers.
     """
 
     model: nn.Module
     abstract_batch: Callable[..., dict[str, jax.ShapeDtypeStruct]]
     inputs: Callable[[Batch], jax.Array]
     loss: Callable[[Any, Batch], tuple[jax.Array, Sums]]
-    sums: Callable[[Any, Batch], Sums]
     metrics: Callable[[Mapping[str, float]], dict[str, float]]
+    measure: Callable[[Any, Batch], Measured]
+    results: Callable[[Sequence[Measured]], dict[str, float]]
     best: str
+    samples: Callable[[Batch, Measured], dict[str, np.ndarray]] = _no_samples
+    table: Callable[[Mapping[str, float]], str] = _no_table
+
+
+def open_source(
+    config: ConfigDict, split: str, preprocessing: Any = None, *, train: bool = False
+) -> Any:
+    """Opens a split of `config.data` for the task that `config.task` names.
+
+    Args:
+        config: the whole config (`configs/base.py`).
+        split: e.g. 'train', 'train[:90%]'.
+        preprocessing: that of pretrained weights, or None for the dataset's own.
+        train: the examples are trained on.
+
+    Returns:
+        What `attention_jax.data.train_batches` and `eval_batches` take; its `description` goes to
+        `create_task`.
+
+    Raises:
+        ValueError: unknown task, or data that are not there or not as they should be.
+    """
+    return _module(config).source(config, split, preprocessing, train=train)
 
 
 def create_task(config: ConfigDict, description: Any) -> Task:
@@ -47,10 +88,14 @@ def create_task(config: ConfigDict, description: Any) -> Task:
 
     Args:
         config: the whole config (`configs/base.py`).
-        description: the dataset's, as `attention_jax.data` gives it.
+        description: the dataset's, as its source or a work directory's config.json gives it.
 
     Raises:
         ValueError: unknown task, or a network or mechanism that cannot be built.
     """
-    checks.choice('task', config.task, list(_TASKS))
-    return Task(**_TASKS[config.task].create(config, description))
+    return Task(**_module(config).create(config, description))
+
+
+def _module(config: ConfigDict) -> Any:
+    checks.choice('task', config.task, _TASKS)
+    return importlib.import_module(f'attention_jax.tasks.{config.task}')

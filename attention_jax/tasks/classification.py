@@ -1,19 +1,27 @@
 """Classification of images: cross-entropy and accuracy."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from attention_jax.registry import create_model
+from attention_jax import data
+from attention_jax.tasks.network import build_model
 
 Batch = Mapping[str, jax.Array]
+
+
+def source(
+    config: ConfigDict, split: str, preprocessing: Any = None, *, train: bool
+) -> data.Source:
+    """Opens a split of labelled pictures; see `attention_jax.data.source`."""
+    del train  # the loader augments what is trained on
+    return data.source(config.data, split, preprocessing)
 
 
 def create(config: ConfigDict, description: Any) -> dict[str, Any]:
@@ -25,31 +33,11 @@ def create(config: ConfigDict, description: Any) -> dict[str, Any]:
             inputs, mean=description.mean, std=description.std, dtype=config.train.compute_dtype
         ),
         'loss': functools.partial(loss, label_smoothing=config.train.label_smoothing),
-        'sums': sums,
         'metrics': metrics,
+        'measure': measure,
+        'results': results,
         'best': 'accuracy',
     }
-
-
-def build_model(config: ConfigDict, num_classes: int) -> nn.Module:
-    """Returns the network of `config.model` with `num_classes` outputs.
-
-    Raises:
-        ValueError: unknown network, mechanism or argument.
-    """
-    model = config.model
-    arguments = {}
-    for key in ('attention', 'attention_args', 'placement', 'identity_init'):
-        if model.get(key):
-            arguments[key] = _plain(model[key])
-    if config.train.compute_dtype != 'float32':
-        arguments['dtype'] = jnp.dtype(config.train.compute_dtype)
-    return create_model(
-        model.name,
-        num_classes=num_classes if model.num_classes is None else model.num_classes,
-        **arguments,
-        **_plain(model.arguments),
-    )
 
 
 def abstract_batch(
@@ -101,7 +89,7 @@ def loss(
     return losses.mean(), totals
 
 
-def sums(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+def measure(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """Returns sums over the examples whose mask is 1: cross-entropy, correct ones, their count.
 
     Args:
@@ -119,18 +107,15 @@ def sums(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     }
 
 
+def results(measured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the mean loss and the accuracy over what `measure` gave for each batch."""
+    totals = {name: sum(sums[name].item() for sums in measured) for name in measured[0]}
+    return metrics(totals)
+
+
 def metrics(totals: Mapping[str, float]) -> dict[str, float]:
-    """Returns the mean loss and the accuracy of summed-up `sums`."""
+    """Returns the mean loss and the accuracy of sums."""
     return {
         'loss': totals['loss'] / totals['count'],
         'accuracy': totals['correct'] / totals['count'],
     }
-
-
-def _plain(value: Any) -> Any:
-    """Turns what ml_collections made of dicts back into dicts."""
-    if isinstance(value, ConfigDict):
-        return value.to_dict()
-    if isinstance(value, list | tuple):
-        return tuple(_plain(v) for v in value)
-    return value

@@ -11,20 +11,21 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from attention_jax import data
 from attention_jax.analysis.tables import parameter_table
 from attention_jax.interop import pretrained
 from attention_jax.interop.preprocessing import Preprocessing, from_dataset
-from attention_jax.tasks import create_task
+from attention_jax.tasks import Task, create_task, open_source
 from attention_jax.training import checkpoints, metrics, sharding
 from attention_jax.training.optimizer import make_optimizer, make_schedule
-from attention_jax.training.progress import ProgressLine
+from attention_jax.training.progress import ProgressLine, overall
 from attention_jax.training.state import (
     abstract_state,
     create_state,
@@ -39,6 +40,7 @@ from attention_jax.training.step import (
     make_train_step,
 )
 from attention_jax.training.workdir import (
+    check_classes,
     check_config,
     read_config,
     refuse_another_config,
@@ -80,8 +82,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch_size(batch_size, mesh)
     preprocessing = preprocessing_of(config, workdir)
-    source = data.source(config.data, config.data.split, preprocessing)
-    test_source = data.source(config.data, config.data.test_split, preprocessing)
+    source = open_source(config, config.data.split, preprocessing, train=True)
+    test_source = open_source(config, config.data.test_split, preprocessing)
+    check_classes(workdir, source.description)
     batches = data.train_batches(
         source, config.data, batch_size=batch_size, seed=config.train.seed, **this_process()
     )
@@ -199,7 +202,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             seconds_training += time.perf_counter() - tick
 
             if evaluating:
-                results = run_evaluation(task, eval_step, state.variables, test_batches, mesh)
+                results, samples = run_evaluation(
+                    task, eval_step, state.variables, test_batches, mesh
+                )
+                writer.write_pictures(step, samples)
             if logging:
                 rate = float(schedule((step - 1) // config.optimizer.accumulate))
                 row = {
@@ -230,7 +236,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
 
         manager.wait_until_finished()
         if not results:  # all steps were done before, and the run was killed before its summary
-            results = run_evaluation(task, eval_step, state.variables, test_batches, mesh)
+            results, _ = run_evaluation(task, eval_step, state.variables, test_batches, mesh)
         best = manager.best_step()
         summary = {
             **results,
@@ -243,6 +249,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         }
         metrics.write_text(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
         seconds = summary['seconds']
+        print_table(task, results, (source, test_source), progress.say)
         progress.say(f'{describe(results)}  after {steps} steps, {seconds:.0f} s: {workdir}')
     return summary
 
@@ -270,7 +277,8 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, f
     batch_size = config.train.batch_size
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     sharding.check_batch_size(batch_size, mesh)
-    source = data.source(config.data, config.data.test_split, preprocessing_of(config, workdir))
+    source = open_source(config, config.data.test_split, preprocessing_of(config, workdir))
+    check_classes(workdir, source.description)
     batches = data.eval_batches(source, config.data, batch_size=batch_size, **this_process())
     task = create_task(config, source.description)
     with (
@@ -279,7 +287,8 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, f
     ):
         step, variables = checkpoints.restore_variables(manager, mesh)
         eval_step = jit_eval_step(make_eval_step(task), mesh)
-        results = run_evaluation(task, eval_step, variables, batches, mesh)
+        results, _ = run_evaluation(task, eval_step, variables, batches, mesh)
+    print_table(task, results, (source,), say)
     say(f'{describe(results)}  at step {step}, {len(source)} examples')
     return results
 
@@ -335,24 +344,37 @@ def fetch(step: int, outputs: Any, manager: Any) -> tuple[dict[str, float], floa
 
 
 def run_evaluation(
-    task: Any, eval_step: Any, variables: Any, batches: Any, mesh: jax.sharding.Mesh
-) -> dict[str, float]:
-    """Returns the task's metrics, `test/` before each name; every example counts once."""
-    total: dict[str, float] = {}
+    task: Task, eval_step: Any, variables: Any, batches: Any, mesh: jax.sharding.Mesh
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Returns the task's results, `test/` before each name, and pictures of the first batch.
 
-    def add(sums: Any) -> None:
-        for name, value in jax.device_get(sums).items():
-            total[name] = total.get(name, 0) + value.item()
-
-    before = None
+    Every example counts once.
+    """
+    measured, samples = [], {}
+    before = None  # a batch late, so that batches do not pile up on the device
     for batch in batches:
-        sums = eval_step(variables, sharding.global_batch(mesh, batch))
-        # A batch late, so that batches do not pile up on the device.
-        if before is not None:
-            add(before)
-        before = sums
-    add(before)
-    return {f'test/{name}': value for name, value in task.metrics(total).items()}
+        outputs = eval_step(variables, sharding.global_batch(mesh, batch))
+        if before is None:
+            first = batch
+        else:
+            measured.append(jax.device_get(before))
+        before = outputs
+    measured.append(jax.device_get(before))
+    if jax.process_index() == 0:
+        samples = task.samples(first, measured[0])
+    return {f'test/{name}': value for name, value in task.results(measured).items()}, samples
+
+
+def print_table(
+    task: Task,
+    results: Mapping[str, float],
+    sources: Sequence[data.Examples],
+    say: Callable[[str], None],
+) -> None:
+    """Prints the task's table, and what the sources left out."""
+    table = task.table(results)
+    for line in (*([table] if table else []), *(w for s in sources for w in s.warnings())):
+        say(line)
 
 
 def describe_devices(mesh: jax.sharding.Mesh) -> str:
@@ -364,7 +386,7 @@ def describe_devices(mesh: jax.sharding.Mesh) -> str:
 
 def describe(results: Mapping[str, float]) -> str:
     """Returns e.g. 'test/loss 0.0312  test/accuracy 0.9916'."""
-    return '  '.join(f'{name} {value:.4f}' for name, value in results.items())
+    return '  '.join(f'{name} {value:.4f}' for name, value in overall(results).items())
 
 
 def this_process() -> dict[str, int]:

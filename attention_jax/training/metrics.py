@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import tensorboardX
 
 
@@ -47,6 +48,13 @@ class MetricsWriter:
             if name not in ('step', 'wall_time'):
                 self._events.add_scalar(name, value, row['step'], walltime=row['wall_time'])
         self._events.flush()
+
+    def write_pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Writes pictures, uint8 `[h, w, 3]` by name, to TensorBoard."""
+        if not self._enabled:
+            return
+        for name, picture in pictures.items():
+            self._events.add_image(name, picture, step, dataformats='HWC')
 
     def close(self) -> None:
         """Closes the files."""

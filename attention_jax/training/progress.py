@@ -71,7 +71,7 @@ class ProgressLine:
 def describe(row: Mapping[str, float], steps: int, seconds_left: float) -> str:
     """Returns the line for a row of metrics.jsonl."""
     parts = [f'step {row["step"]}/{steps}', f'epoch {row["epoch"]:.2f}']
-    for name, value in row.items():
+    for name, value in overall(row).items():
         if name.startswith(('train/', 'test/')):
             parts.append(f'{name} {value:.4f}')
     parts.append(f'{row["images_per_second"]:.0f} images/s')
@@ -80,3 +80,8 @@ def describe(row: Mapping[str, float], steps: int, seconds_left: float) -> str:
     hours, minutes = divmod(minutes, 60)
     parts.append(f'ETA {hours}:{minutes:02}:{seconds:02}')
     return '  '.join(parts)
+
+
+def overall(results: Mapping[str, float]) -> dict[str, float]:
+    """Returns the results without those of a single class, `test/AP50/NAME`."""
+    return {name: value for name, value in results.items() if name.count('/') < 2}

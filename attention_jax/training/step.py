@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from attention_jax.tasks import Batch, Sums, Task
+from attention_jax.tasks import Batch, Measured, Task
 from attention_jax.training import sharding
 from attention_jax.training.state import State
 
 TrainStep = Callable[[State, Batch], tuple[State, dict[str, Any]]]
-EvalStep = Callable[[Mapping[str, Any], Batch], Sums]
+EvalStep = Callable[[Mapping[str, Any], Batch], Measured]
 
 
 def make_train_step(
@@ -30,7 +30,7 @@ def make_train_step(
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
         rngs = {'dropout': jax.random.fold_in(state.rng, state.step)}
 
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[dict[str, Any], Sums]]:
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[dict[str, Any], Any]]:
             outputs, collections = task.model.apply(
                 {'params': params, **state.collections},
                 task.inputs(batch),
@@ -60,10 +60,10 @@ def make_train_step(
 
 
 def make_eval_step(task: Task) -> EvalStep:
-    """Returns `eval_step(variables, batch) -> sums` over the examples that the mask counts."""
+    """Returns `eval_step(variables, batch)`, which gives what the task keeps of a batch."""
 
-    def eval_step(variables: Mapping[str, Any], batch: Batch) -> Sums:
-        return task.sums(task.model.apply(variables, task.inputs(batch)), batch)
+    def eval_step(variables: Mapping[str, Any], batch: Batch) -> Measured:
+        return task.measure(task.model.apply(variables, task.inputs(batch)), batch)
 
     return eval_step
 

@@ -1,5 +1,6 @@
 """The work directory: which run it belongs to, and what is written there at the start."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,18 +11,6 @@ from ml_collections import ConfigDict
 
 from attention_jax import checks
 from attention_jax.training import metrics
-
-# What load(workdir) and a prediction need to know of the dataset, kept beside the config.
-_DATASET = (
-    'name',
-    'image_shape',
-    'num_classes',
-    'class_names',
-    'mean',
-    'std',
-    'crop',
-    'interpolation',
-)
 
 
 def check_config(config: ConfigDict) -> None:
@@ -78,6 +67,28 @@ def refuse_another_config(
         )
 
 
+def check_classes(workdir: pathlib.Path, description: Any) -> None:
+    """Raises a ValueError if the classes of the data are not those that `workdir` was trained on.
+
+    Args:
+        workdir: may be missing.
+        description: the dataset's.
+    """
+    if not (workdir / 'config.json').is_file():
+        return
+    there = tuple(read_config(workdir).dataset.class_names)
+    here = tuple(description.class_names)
+    if there == here:
+        return
+    missing = ', '.join(sorted(set(there) - set(here))[:5]) or 'none'
+    new = ', '.join(sorted(set(here) - set(there))[:5]) or 'none'
+    raise ValueError(
+        f'workdir {workdir} was trained on {len(there)} classes and {description.name!r} has '
+        f'{len(here)}, in its order (missing: {missing}; new: {new}). Give the data the same '
+        'class list, or choose another workdir'
+    )
+
+
 def write_description(
     workdir: pathlib.Path, config: ConfigDict, description: Any, table: str
 ) -> None:
@@ -89,7 +100,8 @@ def write_description(
         description: the dataset's, as `attention_jax.data` gives it.
         table: of parameters.
     """
-    dataset = {key: getattr(description, key) for key in _DATASET}
+    # What load(workdir) and a prediction need to know.
+    dataset = dataclasses.asdict(description)
     resolved = json.loads(config.to_json_best_effort()) | {'dataset': dataset}
     metrics.write_text(workdir / 'config.json', json.dumps(resolved, indent=2) + '\n')
     metrics.write_text(workdir / 'parameters.txt', table + '\n')

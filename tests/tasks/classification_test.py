@@ -53,9 +53,9 @@ def test_loss_is_smoothed_cross_entropy_in_float32(smoothing):
 def test_evaluation_counts_each_example_once_whatever_the_padding():
     rng = np.random.default_rng(1)
     logits, label = rng.normal(size=(5, 4)).astype(np.float32), np.array([0, 3, 2, 1, 1])
-    whole = classification.sums(logits, {'label': label, 'mask': np.ones(5)})
+    whole = classification.measure(logits, {'label': label, 'mask': np.ones(5)})
     padded_logits = np.concatenate([logits, np.full((3, 4), np.nan, np.float32)])
-    padded = classification.sums(
+    padded = classification.measure(
         padded_logits,
         {'label': np.concatenate([label, [0, 0, 0]]), 'mask': np.repeat([1.0, 0.0], [5, 3])},
     )
@@ -63,6 +63,8 @@ def test_evaluation_counts_each_example_once_whatever_the_padding():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, padded)
     metrics = classification.metrics({'loss': 6.0, 'correct': 3, 'count': 4})
     assert metrics == {'loss': 1.5, 'accuracy': 0.75}
+    twice = classification.results([jax.device_get(padded)] * 2)
+    assert twice == pytest.approx(classification.metrics(jax.tree.map(float, padded)))
 
 
 def test_abstract_batch_is_what_the_loader_gives():
@@ -71,20 +73,6 @@ def test_abstract_batch_is_what_the_loader_gives():
     batch = task.abstract_batch(6, train=False)
     assert (batch['image'].shape, batch['image'].dtype) == ((6, 8, 8, 3), jnp.uint8)
     assert (batch['mask'].shape, batch['mask'].dtype) == ((6,), jnp.float32)
-
-
-def test_model_is_the_configs():
-    config = base.get_config()
-    config.model.attention = 'se'
-    config.model.attention_args = {'reduction': 4}
-    config.model.arguments = {'zero_init_last': True}
-    model = classification.build_model(config, 10)
-    assert (model.attention, model.num_classes, model.zero_init_last) == ('se', 10, True)
-    assert model.attention_args == {'reduction': 4}
-    config.model.num_classes = 3
-    config.train.compute_dtype = 'bfloat16'
-    model = classification.build_model(config, 10)
-    assert (model.num_classes, model.dtype) == (3, jnp.bfloat16)
 
 
 def test_unknown_task_is_refused():

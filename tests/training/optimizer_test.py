@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 
 from attention_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from configs import base
+from tests import helpers
 
 PARAMS = {
     'conv': {'kernel': jnp.full((2, 2), 2.0), 'bias': jnp.full((3,), 2.0)},
@@ -145,3 +148,16 @@ def test_optimizer_refuses(changes, message):
 def test_schedule_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         schedule(**changes)
+
+
+def test_yolo_schedule_is_its_authors(x64):
+    # Rates in each epoch, of github.com/bubbliiiing/yolov4-tiny-pytorch (commit 1bbb2f28).
+    path = helpers.REFERENCE / 'detection' / 'schedule.json'
+    for name, run in json.loads(path.read_text()).items():
+        config = base.defaults().schedule
+        config.name = 'yolo'
+        rate, epochs = run['learning_rate'], run['epochs']
+        schedule = make_schedule(config, rate, steps=7 * epochs, steps_per_epoch=7)
+        for step in (0, 6):
+            rates = [float(schedule(7 * epoch + step)) for epoch in range(epochs)]
+            np.testing.assert_allclose(rates, run['values'], rtol=1e-12, err_msg=name)

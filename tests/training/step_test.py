@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from attention_jax import data
-from attention_jax.tasks import create_task
+from attention_jax.tasks import create_task, open_source
 from attention_jax.training import sharding
 from attention_jax.training.optimizer import make_optimizer
 from attention_jax.training.state import State, abstract_state, create_state, make_init
@@ -20,7 +20,7 @@ from attention_jax.training.step import (
     make_eval_step,
     make_train_step,
 )
-from configs import base
+from configs import base, yolov4_tiny
 
 
 def plain_sgd(**settings: Any) -> ConfigDict:
@@ -32,10 +32,23 @@ def plain_sgd(**settings: Any) -> ConfigDict:
     return config
 
 
+def plain_sgd_of_boxes() -> ConfigDict:
+    """The same for detection, with a small network."""
+    config = yolov4_tiny.get_config()
+    config.model.arguments.width = 0.125
+    config.data.image_size = 64
+    config.train.batch_size = 16
+    config.optimizer.update({'momentum': 0.0, 'nesterov': False, 'weight_decay': 0.0})
+    return config
+
+
+CONFIGS = {'classification': plain_sgd, 'detection': plain_sgd_of_boxes}
+
+
 @functools.cache
-def batch_of_digits() -> dict[str, np.ndarray]:
-    config = plain_sgd()
-    source = data.source(config.data, 'train')
+def batch_of(task: str) -> dict[str, np.ndarray]:
+    config = CONFIGS[task]()
+    source = open_source(config, 'train', train=True)
     batches = data.train_batches(source, config.data, batch_size=16, seed=0)
     batch = next(batches)
     batches.close()
@@ -44,7 +57,7 @@ def batch_of_digits() -> dict[str, np.ndarray]:
 
 def one_step(config: ConfigDict, devices: int, fsdp: int = 1, steps: int = 1) -> tuple[Any, ...]:
     """The state before, the state after, and what the step gave."""
-    source = data.source(config.data, 'train')
+    source = open_source(config, 'train', train=True)
     task = create_task(config, source.description)
     optimizer = make_optimizer(config.optimizer, lambda step: 1.0)
     mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
@@ -56,18 +69,26 @@ def one_step(config: ConfigDict, devices: int, fsdp: int = 1, steps: int = 1) ->
         before = jax.device_get((state.params, state.collections))
         step = make_train_step(task, optimizer, ema_decay=config.train.ema_decay)
         step = jit_train_step(step, abstract, mesh)
-        batch = sharding.global_batch(mesh, batch_of_digits())
+        batch = sharding.global_batch(mesh, batch_of(config.task))
         for _ in range(steps):
             state, outputs = step(state, batch)
         eval_step = jit_eval_step(make_eval_step(task), mesh)
         mask = sharding.global_batch(mesh, {'mask': np.repeat(np.float32([1, 0]), [11, 5])})
-        sums = eval_step(state.variables, batch | mask)
-    return before, state, outputs, sums
+        if config.task == 'detection':  # what only its evaluation has
+            mask |= sharding.global_batch(
+                mesh,
+                {
+                    'ignore': np.zeros(batch['classes'].shape, bool),
+                    'shape': np.full((16, 2), 64, np.int32),
+                },
+            )
+        measured = eval_step(state.variables, batch | mask)
+    return before, state, outputs, measured
 
 
 @functools.cache
-def on_one_device() -> tuple[Any, ...]:
-    return one_step(plain_sgd(), 1)
+def on_one_device(task: str = 'classification') -> tuple[Any, ...]:
+    return one_step(CONFIGS[task](), 1)
 
 
 @pytest.mark.parametrize('fsdp', [1, 4])
@@ -98,6 +119,31 @@ def test_one_and_eight_devices_agree(fsdp):
     shard = kernel.addressable_shards[0].data
     assert shard.shape == (3, 3, 64, 64 // fsdp)
     assert eight.params['head']['bias'].sharding.is_fully_replicated
+
+
+def test_detection_agrees_on_one_and_eight_devices():
+    before, one, outputs_one, found_one = on_one_device('detection')
+    _, eight, outputs_eight, found_eight = one_step(plain_sgd_of_boxes(), 8, 2)
+
+    def close(a: Any, b: Any) -> None:
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+    jax.tree.map(close, outputs_one, outputs_eight)
+    jax.tree.map(
+        lambda p, a, b: close(p - np.asarray(a), p - np.asarray(b)),
+        before[0],
+        one.params,
+        eight.params,
+    )
+    jax.tree.map(close, one.collections, eight.collections)
+    # The devices answer for different numbers of boxes: the means are over all of them.
+    counts = (batch_of('detection')['classes'] >= 0).reshape(8, -1).sum(1)
+    assert len(set(counts)) > 1
+    assert {k: x.shape for k, x in found_one.items()} == {
+        k: x.shape for k, x in found_eight.items()
+    }
+    assert all(x.sharding.is_fully_replicated for x in found_eight.values())
+    assert outputs_one['sums']['count'] == 16
 
 
 def test_the_initial_state_does_not_depend_on_the_devices():

@@ -1,0 +1,43 @@
+"""The network of a config."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from attention_jax.registry import create_model
+
+
+def build_model(config: ConfigDict, num_classes: int, **arguments: Any) -> nn.Module:
+    """Returns the network of `config.model` with `num_classes` outputs.
+
+    Args:
+        config: the whole config (`configs/base.py`).
+        num_classes: the dataset's, where `config.model` gives none.
+        **arguments: what the task tells the network beside.
+
+    Raises:
+        ValueError: unknown network, mechanism or argument.
+    """
+    model = config.model
+    for key in ('attention', 'attention_args', 'placement', 'identity_init'):
+        if model.get(key):
+            arguments[key] = plain(model[key])
+    if config.train.compute_dtype != 'float32':
+        arguments['dtype'] = jnp.dtype(config.train.compute_dtype)
+    return create_model(
+        model.name,
+        num_classes=num_classes if model.num_classes is None else model.num_classes,
+        **arguments,
+        **plain(model.arguments),
+    )
+
+
+def plain(value: Any) -> Any:
+    """Turns what ml_collections or JSON made of dicts and tuples back into them."""
+    if isinstance(value, ConfigDict):
+        return value.to_dict()
+    if isinstance(value, list | tuple):
+        return tuple(plain(v) for v in value)
+    return value

@@ -1,0 +1,140 @@
+"""Boxes on photos: detecting them in one, and drawing them."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from PIL import Image, ImageDraw, ImageFont
+
+from attention_jax.data import box_transforms, transforms
+from attention_jax.functional import boxes, yolo
+
+# Okabe and Ito's colours, which people who confuse red and green can tell apart as well.
+_COLORS = ('#E69F00', '#56B4E9', '#009E73', '#F0E442', '#0072B2', '#D55E00', '#CC79A7')
+
+
+def predict(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    image: np.ndarray | Image.Image,
+    *,
+    score_threshold: float = 0.5,
+    iou_threshold: float = 0.3,
+    max_detections: int = 300,
+) -> dict[str, np.ndarray]:
+    """Detects objects in one photo; the photo is letterboxed to the network's size.
+
+    The program is compiled at the first photo and kept for the next ones.
+
+    Args:
+        model: a network that detects, such as `create_model('yolov4_tiny')`.
+        variables: its variables.
+        image: uint8 `[h, w, 3]`, or a Pillow picture.
+        score_threshold: of the least certain box returned.
+        iou_threshold: of two boxes of a class from which on only the better one is returned.
+        max_detections: at most so many boxes, the best.
+
+    Returns:
+        'boxes' float32 `[d, 4]`, (x1, y1, x2, y2) in pixels of the photo; 'scores' float32 `[d]`,
+        falling; 'classes' int32 `[d]`.
+
+    Raises:
+        ValueError: a network that does not detect, or an image of another kind.
+    """
+    if not hasattr(model, 'anchors') or not model.num_classes:
+        raise ValueError(
+            f'model {type(model).__name__} does not detect: use a yolov4_tiny with num_classes'
+        )
+    if not isinstance(image, Image.Image):
+        image = np.asarray(image)
+        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+            raise ValueError(
+                f'image must be uint8 [h, w, 3] or a Pillow picture, got {image.dtype} '
+                f'{list(image.shape)}'
+            )
+        image = Image.fromarray(image)
+    image = image.convert('RGB')
+    canvas = transforms.to_array(box_transforms.letterbox(image, tuple(model.image_size)))
+    detect = _detector(_Static(model), score_threshold, iou_threshold, max_detections)
+    found = jax.device_get(detect(variables, canvas, np.array([image.height, image.width])))
+    there = found['classes'] >= 0
+    return {key: value[there] for key, value in found.items()}
+
+
+def draw(
+    photo: Image.Image | np.ndarray,
+    found: Mapping[str, np.ndarray],
+    class_names: Sequence[str] = (),
+) -> Image.Image:
+    """Draws boxes with names and scores on a copy of a photo.
+
+    Args:
+        photo: a Pillow picture, or uint8 `[h, w, 3]`.
+        found: what `predict` returns; the best boxes are drawn last, on top.
+        class_names: one a class; numbers are written for those that are missing.
+
+    Returns:
+        The picture, RGB.
+    """
+    picture = photo if isinstance(photo, Image.Image) else Image.fromarray(photo)
+    picture = picture.convert('RGB').copy()
+    pen = ImageDraw.Draw(picture)
+    side = min(picture.size)
+    line = max(1, round(side / 200))
+    font = ImageFont.load_default(size=max(9, round(side / 28)))
+    order = np.argsort(found['scores'], kind='stable')
+    for i in order:
+        left, top, right, bottom = (float(v) for v in found['boxes'][i])
+        number = int(found['classes'][i])
+        color = _COLORS[number % len(_COLORS)]
+        name = class_names[number] if number < len(class_names) else str(number)
+        pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=color, width=line)
+        text = f'{name} {found["scores"][i]:.2f}'
+        _, _, width, height = pen.textbbox((0, 0), text, font=font)
+        # Above the box, or inside it where the photo ends; never beyond the right border.
+        x = min(max(0.0, left), max(0.0, picture.width - width - 2.0))
+        y = top - height - 2 if top > height + 2 else max(0.0, top)
+        pen.rectangle((x, y, x + width + 2, y + height + 2), fill=color)
+        pen.text((x + 1, y), text, fill='black', font=font)
+    return picture
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Static:
+    """A network as a key; one whose arguments are dicts has no hash of its own."""
+
+    model: nn.Module
+
+    def __hash__(self) -> int:
+        return hash(repr(self.model))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self.model == other.model
+
+
+@functools.lru_cache(maxsize=8)
+def _detector(
+    static: _Static, score_threshold: float, iou_threshold: float, max_detections: int
+) -> Any:
+    model = static.model
+
+    @jax.jit
+    def detect(variables: Any, image: jax.Array, shape: jax.Array) -> dict[str, jax.Array]:
+        outputs = model.apply(variables, image[None].astype('float32') / 255)
+        found = yolo.detect(
+            outputs,
+            image_size=model.image_size,
+            anchors=model.anchors,
+            masks=model.masks,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            max_detections=max_detections,
+        )
+        found['boxes'] = boxes.from_letterbox(found['boxes'], model.image_size, shape)
+        return {key: value[0] for key, value in found.items()}
+
+    return detect
