@@ -2,7 +2,8 @@
 
     python train.py --config FILE[:DATASET] [--workdir DIR] [--eval_only] [--config.KEY=VALUE ...]
 
-  --config FILE[:DATASET]  a file of configs/; DATASET is digits (default), cifar10, imagenet2012
+  --config FILE[:DATASET]  a file of configs/; DATASET is digits (default), cifar10, imagenet2012,
+                           or what the file's first lines name
   --config.KEY=VALUE       another value for a key of configs/base.py: --config.train.epochs=3
   --workdir DIR            checkpoints and results, default runs/CONFIG-DATASET; the run goes on
                            from the latest checkpoint in it

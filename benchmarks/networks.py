@@ -32,7 +32,7 @@ from attention_jax.training import sharding
 from attention_jax.training.optimizer import make_optimizer
 from attention_jax.training.state import abstract_state, make_init
 from attention_jax.training.step import jit_train_step, make_train_step
-from configs import base
+from configs import base, yolov4_tiny
 
 # Network, images a batch and their size, as the tables in the README and docs have them.
 STEPS = (
@@ -41,7 +41,9 @@ STEPS = (
     ('gc_resnet50_r16', 8, 224),
     ('resnest50', 8, 224),
     ('cifar_resnet20', 128, 32),
+    ('yolov4_tiny_voc_phi0', 4, 416),
 )
+BOXES = 20  # an image, of detection
 COMPILES = (
     'resnet50',
     'resnet152',
@@ -71,10 +73,24 @@ COMPILES = (
 )
 
 
+def detects(name: str) -> bool:
+    """Whether a network finds boxes."""
+    return registry.model_entry(name).family == 'yolo'
+
+
+def random_boxes(batch: int) -> np.ndarray:
+    """Boxes of random places and sizes, and classes, `[b, BOXES, 5]`."""
+    random = np.random.default_rng(1)
+    centers = random.uniform(0.1, 0.9, (batch, BOXES, 2))
+    sides = np.exp(random.uniform(np.log(0.05), np.log(0.8), (batch, BOXES, 2)))
+    classes = random.integers(0, 20, (batch, BOXES, 1))
+    return np.concatenate([centers, sides, classes], -1).astype(np.float32)
+
+
 def build(name: str, batch: int, size: int) -> tuple[Any, Any, dict[str, Any]]:
     """The jitted training step of a network, and the shapes of its state and batch."""
     entry = registry.model_entry(name)
-    config = base.get_config('imagenet2012')
+    config = yolov4_tiny.get_config('voc') if detects(name) else base.get_config('imagenet2012')
     config.model.name = name
     config.train.batch_size = batch
     description = Description(
@@ -120,8 +136,15 @@ def ours(name: str, batch: int, size: int) -> Callable[[], None]:
     state = jax.jit(init)(jax.random.key(0))
     random = np.random.default_rng(0)
     images = random.integers(0, 256, shapes['batch']['image'].shape, np.uint8)
-    labels = random.integers(0, 10, (batch,)).astype(np.int32)
-    data = {'image': jnp.asarray(images), 'label': jnp.asarray(labels)}
+    data = {'image': jnp.asarray(images)}
+    if detects(name):
+        shape = shapes['batch']['boxes'].shape
+        found = random_boxes(batch)
+        boxes, classes = np.zeros(shape, np.float32), np.full(shape[:2], -1, np.int32)
+        boxes[:, :BOXES], classes[:, :BOXES] = found[..., :4], found[..., 4]
+        data |= {'boxes': jnp.asarray(boxes), 'classes': jnp.asarray(classes)}
+    else:
+        data['label'] = jnp.asarray(random.integers(0, 10, (batch,)).astype(np.int32))
     compiled = step.lower(state, data).compile()
     kept = [state]
 
@@ -134,6 +157,8 @@ def ours(name: str, batch: int, size: int) -> Callable[[], None]:
 
 def theirs(name: str, batch: int, size: int) -> Callable[[], None]:
     """PyTorch's training step of the same network."""
+    if detects(name):
+        return their_detection(batch, size)
     forms = benchmark.load_forms()
     forms.timm_layers()
     import timm
@@ -157,6 +182,31 @@ def theirs(name: str, batch: int, size: int) -> Callable[[], None]:
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
         torch.nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+
+    return run
+
+
+def their_detection(batch: int, size: int) -> Callable[[], None]:
+    """PyTorch's training step of YOLOv4-tiny."""
+    import torch
+    import torch_yolo
+
+    from attention_jax.models import yolo
+
+    model = torch_yolo.YOLOv4Tiny(20).to(memory_format=torch.channels_last).train()
+    x = torch.rand(batch, 3, size, size).to(memory_format=torch.channels_last)
+    targets = list(torch.from_numpy(random_boxes(batch)))
+    kernels = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{'params': kernels, 'weight_decay': 5e-4}, {'params': others, 'weight_decay': 0}]
+    optimizer = torch.optim.SGD(groups, lr=2.5e-3, momentum=0.937, nesterov=True)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        torch_yolo.loss(
+            model(x), targets, image_size=(size, size), anchors=yolo.ANCHORS, masks=yolo.MASKS
+        ).backward()
         optimizer.step()
 
     return run
