@@ -271,7 +271,7 @@ def source(config: Any, split: str, *, train: bool) -> Source:
         )
     notes = Notes()
     if name == _SCENES:
-        sources._cache_setting(config.data)  # always in memory; only a wrong value matters
+        sources.cache_setting(config.data)  # always in memory; only a wrong value matters
         opened = _scenes(split, notes)
     elif kind in opening:
         folder = pathlib.Path(path).expanduser()
@@ -329,7 +329,7 @@ class _Opened:
 
 
 def _scenes(split: str, notes: Notes) -> _Opened:
-    ranges = sources._ranges(_SCENES, split, scenes.COUNTS)
+    ranges = sources.split_ranges(_SCENES, split, scenes.COUNTS)
     pictures, found = [], []
     for key, low, high in ranges:
         images, boxes, classes = scenes.draw(key)
@@ -361,7 +361,7 @@ def _scenes(split: str, notes: Notes) -> _Opened:
 def _voc(config: Any, name: str, folder: pathlib.Path, split: str, notes: Notes) -> _Opened:
     lists = annotations.voc_splits(name, folder)
     splits = {key: len(names) for key, names in lists.items()}
-    ranges = sources._ranges(name, split, splits)
+    ranges = sources.split_ranges(name, split, splits)
     names = [picture for key, low, high in ranges for picture in lists[key][low:high]]
     class_names = annotations.voc_classes(name, folder)
     found = annotations.voc(folder, list(dict.fromkeys(names)), class_names, notes)
@@ -382,7 +382,7 @@ def _coco(config: Any, name: str, folder: pathlib.Path, split: str, notes: Notes
         raise ValueError(f'data.split {split!r} of {name!r}: its parts differ in categories')
     splits = {part: len(document['images']) for part, document in documents.items()}
     found = []
-    for key, low, high in sources._ranges(name, split, splits):
+    for key, low, high in sources.split_ranges(name, split, splits):
         found += annotations.coco(
             folder / key,
             documents[key]['images'][low:high],
@@ -406,9 +406,9 @@ def _from_files(
         reasons = '; '.join(notes.lines())
         raise ValueError(f'data.split {split!r} of {name!r} has no picture left: {reasons}')
     example = functools.partial(_from_file, found, notes)
-    cache = sources._cache_setting(config.data)
+    cache = sources.cache_setting(config.data)
     if cache is None:
-        cache = 3 * sum(h * w for h, w in (a.shape for a in found)) < sources._CACHE_LIMIT
+        cache = 3 * sum(h * w for h, w in (a.shape for a in found)) < sources.CACHE_LIMIT
     if cache:
         # Threads, because decoding photos lets go of Python's lock.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -425,7 +425,7 @@ def _tfds(config: Any, name: str, split: str, notes: Notes, *, train: bool) -> _
     builder = prepared.open_builder(name, getattr(config.data, 'data_dir', None))
     image, label, ignored = _objects(name, builder.info.features)
     splits = {key: info.num_examples for key, info in builder.info.splits.items()}
-    sources._ranges(name, split, splits)
+    sources.split_ranges(name, split, splits)
     encoded = isinstance(image, tfds.features.Image)
     with prepared.quiet():
         records = builder.as_data_source(
@@ -434,7 +434,7 @@ def _tfds(config: Any, name: str, split: str, notes: Notes, *, train: bool) -> _
     example = functools.partial(_from_record, records, label.num_classes, ignored, notes)
     # Cut the truth of no picture that is evaluated: every record is read once for that.
     most = 0 if train else _most_objects(records)
-    cache = bool(sources._cache_setting(config.data))
+    cache = bool(sources.cache_setting(config.data))
     if cache:
         examples = [example(i) for i in range(len(records))]
         pictures = [None if p is None else transforms.to_array(p) for p, _ in examples]

@@ -14,7 +14,7 @@ from attention_jax.data import prepared, transforms
 from attention_jax.data.labelled import Description, Source
 
 AUGMENTATIONS = ('none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop')
-_CACHE_LIMIT = 2**30  # bytes of pixels that are held decoded unless data.cache says otherwise
+CACHE_LIMIT = 2**30  # bytes of pixels that are held decoded unless data.cache says otherwise
 _BLOCK = 512  # records read at a time while a split is decoded into memory
 _LARGEST_PAD_CROP = 96  # pixels a side; above it 'auto' takes random resized crops (STL-10 is 96)
 _DEFAULT_SIZE = 224  # for data sets whose pictures differ in size
@@ -86,7 +86,7 @@ def _digits(data_config: Any, split: str, preprocessing: Any) -> Source:
     labels = digits.target.astype(np.int32)
     test = np.arange(len(images)) % 5 == 4
     parts = {'train': np.flatnonzero(~test), 'test': np.flatnonzero(test)}
-    ranges = _ranges('digits', split, {key: len(value) for key, value in parts.items()})
+    ranges = split_ranges('digits', split, {key: len(value) for key, value in parts.items()})
     chosen = np.concatenate([parts[key][low:high] for key, low, high in ranges])
     train = images[parts['train']] / 255
     description = Description(
@@ -101,7 +101,7 @@ def _digits(data_config: Any, split: str, preprocessing: Any) -> Source:
     )
     description = _prepared_as(description, preprocessing)
     augment = _augmentation(data_config, description, native=(32, 32))
-    _cache_setting(data_config)  # always in memory; only a wrong value matters
+    cache_setting(data_config)  # always in memory; only a wrong value matters
     return Source(
         description,
         split,
@@ -118,7 +118,7 @@ def _tfds(data_config: Any, name: str, split: str, preprocessing: Any) -> Source
     builder = prepared.open_builder(name, getattr(data_config, 'data_dir', None))
     image, label = prepared.image_and_label(name, builder.info.features)
     splits = {key: info.num_examples for key, info in builder.info.splits.items()}
-    ranges = _ranges(name, split, splits)
+    ranges = split_ranges(name, split, splits)
     base = prepared.base_name(name)
     channels = image.shape[-1]
     default = _IMAGENET if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
@@ -145,7 +145,7 @@ def _tfds(data_config: Any, name: str, split: str, preprocessing: Any) -> Source
 
     crops = augment == 'random_resized_crop'
     stored = native if crops else description.image_shape[:2]
-    cache = _cache_setting(data_config)
+    cache = cache_setting(data_config)
     if cache and stored is None:
         raise ValueError(
             f'data.cache True needs pictures of one size, and those of {name!r} differ; '
@@ -154,7 +154,7 @@ def _tfds(data_config: Any, name: str, split: str, preprocessing: Any) -> Source
         )
     count = sum(high - low for _, low, high in ranges)
     if cache is None:
-        cache = native is not None and count * math.prod(stored) * channels < _CACHE_LIMIT
+        cache = native is not None and count * math.prod(stored) * channels < CACHE_LIMIT
     if not cache:
         return Source(description, split, augment, records=records)
     images, labels = _decode_all(records, (*stored, channels), description.interpolation)
@@ -171,7 +171,7 @@ def _prepared_as(description: Description, preprocessing: Any) -> Description:
     return dataclasses.replace(description, **changes)
 
 
-def _ranges(name: str, split: str, splits: Mapping[str, int]) -> list[tuple[str, int, int]]:
+def split_ranges(name: str, split: str, splits: Mapping[str, int]) -> list[tuple[str, int, int]]:
     """Resolves a split string to (split, first, last + 1), or a ValueError that lists the splits.
 
     TFDS's reading of slices, for `digits` too, so that 'train[:90%]' means the same everywhere.
@@ -242,7 +242,7 @@ def _augmentation(
     return augment
 
 
-def _cache_setting(data_config: Any) -> bool | None:
+def cache_setting(data_config: Any) -> bool | None:
     cache = getattr(data_config, 'cache', None)
     if cache is None or cache == 'auto':
         return None

@@ -210,12 +210,16 @@ def test_evaluation_needs_a_checkpoint(tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-def start(workdir: pathlib.Path, devices: int) -> subprocess.Popen[bytes]:
+SMALL = ['--config.model.arguments.width=0.125', '--config.data.image_size=64']
+
+
+def start(workdir: pathlib.Path, devices: int, study: str) -> subprocess.Popen[bytes]:
     command = [
-        sys.executable, REPOSITORY / 'train.py', '--config', REPOSITORY / 'configs/resnet.py',
+        sys.executable, REPOSITORY / 'train.py', '--config', REPOSITORY / f'configs/{study}.py',
         '--workdir', workdir, '--config.train.steps=24', '--config.train.batch_size=16',
         '--config.train.checkpoint_every=3', '--config.train.log_every=1',
         '--config.schedule.warmup_epochs=0', '--config.data.test_split=test[:40]',
+        *(SMALL if study == 'yolov4_tiny' else []),
     ]  # fmt: skip
     environment = os.environ | {
         'JAX_PLATFORMS': 'cpu',
@@ -225,19 +229,21 @@ def start(workdir: pathlib.Path, devices: int) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('devices', [1, 8])
-def test_kill_9_at_a_random_step_changes_no_bit(tmp_path, devices):
+@pytest.mark.parametrize(
+    ('devices', 'study'), [(1, 'resnet'), (8, 'resnet'), (1, 'yolov4_tiny'), (8, 'yolov4_tiny')]
+)
+def test_kill_9_at_a_random_step_changes_no_bit(tmp_path, devices, study):
     unbroken, killed = tmp_path / 'unbroken', tmp_path / 'killed'
-    assert start(unbroken, devices).wait() == 0
+    assert start(unbroken, devices, study).wait() == 0
     for _ in range(2):
-        process, last = start(killed, devices), random.randrange(1, 24)
+        process, last = start(killed, devices, study), random.randrange(1, 24)
         while process.poll() is None:
             rows = metrics.read_rows(killed / 'metrics.jsonl')
             if rows and rows[-1]['step'] >= last:
                 process.kill()
             time.sleep(0.01)
         process.wait()
-    assert start(killed, devices).wait() == 0
+    assert start(killed, devices, study).wait() == 0
     assert_same_run(unbroken, killed)
     rows = metrics.read_rows(killed / 'metrics.jsonl')
     assert [row['step'] for row in rows] == list(range(1, 25))
