@@ -1,7 +1,7 @@
 """YOLOv4-tiny and its loss in PyTorch, written as bubbliiiing/yolov4-tiny-pytorch computes them.
 
 Only for the comparison in `networks.py`. Targets are dense and made by a loop over the boxes on the
-host, as there; `tests/parity/yolo_test.py` holds outputs, loss and gradients beside ours.
+host, as there; `tests/parity/yolo_test.py` holds the loss and its gradients beside the authors'.
 """
 
 import math

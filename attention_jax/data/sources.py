@@ -243,6 +243,7 @@ def _augmentation(
 
 
 def cache_setting(data_config: Any) -> bool | None:
+    """`cache` as True, False or None, or a ValueError."""
     cache = getattr(data_config, 'cache', None)
     if cache is None or cache == 'auto':
         return None

@@ -29,7 +29,7 @@ def extent(canvas, color=0):
 
 
 @pytest.mark.parametrize(
-    'shape', [(480, 640), (375, 500), (640, 480), (100, 900), (31, 17), (1, 999)]
+    'shape', [(480, 640), (334, 500), (500, 334), (640, 480), (100, 900), (31, 17), (1, 999)]
 )
 @pytest.mark.parametrize('size', [(416, 416), (320, 416)])
 def test_letterbox(shape, size):

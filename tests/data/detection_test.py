@@ -105,6 +105,8 @@ def test_training_leaves_out_what_is_ignored(voc):
     # 80 x 60 becomes 64 x 48, 8 pixels from above.
     expected = [0.3, (18 * 0.8 + 8) / 64, 0.4, 24 * 0.8 / 64]
     np.testing.assert_allclose(example['boxes'][0], expected, rtol=1e-6)
+    # The other picture has one good box, 20 x 30; anchors are of what is learnt, too.
+    np.testing.assert_allclose(source.box_sizes(), [[32 * 0.8, 24 * 0.8], [20 * 0.8, 30 * 0.8]])
 
 
 def test_a_class_list_decides_order_and_what_is_known(voc):

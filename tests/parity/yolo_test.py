@@ -1,9 +1,10 @@
-"""The PyTorch form that detection is timed beside computes the authors' loss, and our outputs."""
+"""The PyTorch form that detection is timed beside: the authors' loss, a network as large."""
 
 import importlib.util
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,8 +52,6 @@ def test_the_network_has_as_many_parameters_and_the_same_outputs_in_shape(form):
     with torch.no_grad():
         shapes = [tuple(o.shape) for o in network.eval()(torch.zeros(1, 3, 64, 96))]
     model = attention_jax.create_model('yolov4_tiny_voc_phi0')
-    import jax
-
     ours = jax.eval_shape(
         lambda x: model.init_with_output(jax.random.key(0), x)[0], jnp.zeros((1, 64, 96, 3))
     )
