@@ -196,22 +196,6 @@ def detect(
     }
 
 
-def without_padding(detections: dict[str, jax.Array]) -> list[dict[str, np.ndarray]]:
-    """The result of `detect` as NumPy arrays of each picture, without padding.
-
-    Args:
-        detections: 'classes' `[b, d]`, -1 is padding, and any other arrays `[b, d, ...]`.
-
-    Returns:
-        for each of the b pictures the same names with arrays of its own number of detections.
-    """
-    arrays = {name: np.asarray(value) for name, value in detections.items()}
-    return [
-        {name: value[i][found] for name, value in arrays.items()}
-        for i, found in enumerate(arrays['classes'] >= 0)
-    ]
-
-
 def _suppress(
     boxes: jax.Array,
     scores: jax.Array,

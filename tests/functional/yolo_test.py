@@ -269,6 +269,38 @@ def jitted_detect(outputs, score_threshold):
     )
 
 
+def test_an_overlap_of_exactly_the_threshold_drops_the_worse_box():
+    # Two boxes of one cell, 16 x 16 and 16 x 32 pixels with one centre: their IoU is 1/2.
+    output = np.full((1, 1, 1, 2, 6), 10.0)
+    output[..., :4] = 0
+    output[0, 0, 0, 1, 4] = 9  # the worse one
+    settings = {'image_size': (32, 32), 'anchors': ((16, 16), (16, 32)), 'score_threshold': 0.5}
+    outputs = [output.reshape(1, 1, 1, 12), np.full((1, 2, 2, 6), -10.0)]
+    for threshold, count in ((0.5, 1), (0.5 + 1e-6, 2)):
+        found = yolo.detect(
+            [jnp.asarray(x, jnp.float32) for x in outputs],
+            masks=((0, 1), (0,)),
+            iou_threshold=threshold,
+            **settings,
+        )
+        assert (found['classes'] >= 0).sum() == count
+
+
+def test_a_box_of_almost_no_area_is_found_once():
+    output = np.full((1, 1, 1, 1, 6), 10.0)
+    output[..., :4] = (0, 0, -12, -12)
+    outputs = [output.reshape(1, 1, 1, 6), np.full((1, 2, 2, 6), -10.0)]
+    found = yolo.detect(
+        [jnp.asarray(x, jnp.float32) for x in outputs],
+        image_size=(32, 32),
+        anchors=((16, 16),),
+        masks=((0,), (0,)),
+        score_threshold=0.5,
+        iou_threshold=0.5,
+    )
+    assert (found['classes'] >= 0).sum() == 1
+
+
 def test_padding_may_be_anywhere_and_gives_no_nan():
     rng = np.random.default_rng(0)
     outputs = [jnp.asarray(x, jnp.float32) for x in drawn_outputs(rng)]
