@@ -38,6 +38,7 @@ def plain_sgd_of_boxes() -> ConfigDict:
     config.model.arguments.width = 0.125
     config.data.image_size = 64
     config.train.batch_size = 16
+    config.optimizer.name = 'sgd'
     config.optimizer.update({'momentum': 0.0, 'nesterov': False, 'weight_decay': 0.0})
     return config
 
