@@ -90,7 +90,7 @@ def from_dataset(dataset: Mapping[str, Any]) -> Preprocessing:
 
 def default(entry: registry.ModelEntry) -> Preprocessing:
     """What is usual for a network where its weights do not say: bicubic if it is timm's."""
-    if entry.family == 'yolo':  # pixels over 255
+    if entry.family in ('darknet', 'yolo'):  # pixels over 255
         return Preprocessing((0.0,) * 3, (1.0,) * 3, 1.0, 'bicubic', tuple(entry.input_size))
     interpolation = 'bicubic' if 'timm' in entry.paper else 'bilinear'
     return Preprocessing(interpolation=interpolation, input_size=tuple(entry.input_size))

@@ -228,7 +228,7 @@ def _build(num_classes: int | None = 0, **arguments: Any) -> CSPDarknet:
 registry.register_model(
     'darknet53_tiny',
     _build,
-    family='yolo',
+    family='darknet',
     paper='arXiv 2011.08036',
     input_size=(416, 416),
     num_classes=0,

@@ -301,7 +301,9 @@ def preprocessing_of(config: ConfigDict, workdir: pathlib.Path) -> Preprocessing
     if not config.model.pretrained or config.data.preprocessing == 'dataset':
         return None
     if (workdir / 'config.json').is_file():
-        return from_dataset(read_config(workdir).dataset)
+        dataset = read_config(workdir).dataset
+        # That of boxes has none: its networks take pixels as they are.
+        return from_dataset(dataset) if 'mean' in dataset else None
     return pretrained.read_preprocessing(config.model.name, config.model.pretrained)
 
 

@@ -165,6 +165,7 @@ def test_the_network_is_told_how_its_outputs_are_decoded():
     ('changes', 'message'),
     [
         ({'model.name': 'resnet18'}, "model.name 'resnet18' does not detect: use one of yolov4"),
+        ({'model.name': 'darknet53_tiny'}, "'darknet53_tiny' does not detect: use one of yolov4"),
         ({'detection.iou_threshold': 1.5}, 'detection.iou_threshold must be in 0 to 1, got 1.5'),
         ({'detection.max_detections': 0}, 'detection.max_detections'),
     ],

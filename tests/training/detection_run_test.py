@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import attention_jax
 from attention_jax import cli
 from attention_jax.data import scenes
-from attention_jax.training import evaluate, metrics, train
+from attention_jax.training import evaluate, loop, metrics, train
 from configs import yolov4_tiny
 
 
@@ -75,6 +75,13 @@ def test_evaluation_alone_gives_the_same(finished, capsys):
     results = evaluate(make_config(), workdir)
     assert results == {k: v for k, v in summary.items() if k.startswith('test/')}
     assert 'class  AP50' in capsys.readouterr().out
+
+
+def test_a_run_from_weights_goes_on_without_them(finished):
+    workdir, _ = finished
+    config = make_config()
+    config.model.pretrained = 'weights that are gone'
+    assert loop.preprocessing_of(config, workdir) is None
 
 
 def test_prediction_of_the_command_and_of_the_function_agree(finished, tmp_path, capsys):
