@@ -108,8 +108,7 @@ class Source:
         sizes = [np.zeros((0, 2))]
         for number in range(len(self)):
             found = self.annotation(number)
-            place = box_transforms.fit(found.shape, self.description.image_shape[:2])
-            boxes = box_transforms.move(_rows(found)[~found.ignore], found.shape, place)
+            boxes = self._letterboxed(found.shape, _rows(found)[~found.ignore])
             sizes.append(boxes[:, 2:4] - boxes[:, :2])
         return np.concatenate(sizes)
 
@@ -130,7 +129,7 @@ class Source:
         size = self.description.image_shape[:2]
         if self.augment == 'none':
             picture, boxes = self._asked_for(number)
-            boxes = self._letterboxed(picture, boxes)
+            boxes = self._letterboxed((picture.height, picture.width), boxes)
             canvas = box_transforms.letterbox(picture, size)
         elif position < self.mosaic_until and rng.random() < self.mosaic:
             canvas, boxes = self._mosaic(number, rng)
@@ -143,7 +142,7 @@ class Source:
             self.notes.add(
                 f'pictures of more than {self.max_boxes} boxes (detection.max_boxes), the largest '
                 'kept',
-                self.example(number)[1].name,
+                self.annotation(number).name,
             )
             areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
             largest = np.argsort(-areas, kind='stable')[: self.max_boxes]
@@ -193,8 +192,8 @@ class Source:
             return Image.new('RGB', size[::-1], box_transforms.GREY), np.zeros((0, 5))
         return picture, _rows(found)[~found.ignore]
 
-    def _letterboxed(self, picture: Image.Image, boxes: np.ndarray) -> np.ndarray:
-        shape = (picture.height, picture.width)
+    def _letterboxed(self, shape: tuple[int, int], boxes: np.ndarray) -> np.ndarray:
+        """Boxes [m, 5] of a picture of `shape` (h, w) on its letterbox."""
         place = box_transforms.fit(shape, self.description.image_shape[:2])
         return box_transforms.move(boxes, shape, place)
 
