@@ -9,12 +9,14 @@ narrow groups are best merged into 16 channels on a CPU, 128 on a TPU, and left 
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from attention_jax.functional import cost
 from attention_jax.functional.sharding import per_example
@@ -30,6 +32,8 @@ _MOST_DENSE = 256
 # matrix unit on a TPU.
 _CPU_CHANNELS = 16
 _TPU_CHANNELS = 128
+# Bytes of a result's gradient that stay in a CPU's cache beside what they are multiplied with.
+_CPU_BLOCK = 640 * 1024
 
 
 def conv(
@@ -182,7 +186,8 @@ def _lower(
             return lax.platform_dependent(x, kernel, cpu=flat, default=plain)
         if rank == 2 and channels <= 2 and features == 1 and set(strides) == {1}:
             return _toeplitz(x, kernel, pads, dilation)
-        return plain(x, kernel)
+        blocks = functools.partial(_row_blocks, **settings)
+        return lax.platform_dependent(x, kernel, cpu=blocks, default=plain)
 
     if groups == channels == features and math.prod(window) <= _MOST_SHIFTS and rank < 3:
         shifts = functools.partial(_shifts, **settings)
@@ -192,14 +197,16 @@ def _lower(
     if math.prod(window) == 1 and not any(map(any, pads)) and channels <= _MOST_DENSE:
         cpu = functools.partial(_whole, strides=strides, groups=groups)
     elif channels // groups < _CPU_CHANNELS:
-        cpu = functools.partial(_merged, **settings, groups=groups, width=_CPU_CHANNELS)
+        cpu = functools.partial(
+            _merged, **settings, groups=groups, width=_CPU_CHANNELS, dense=_row_blocks
+        )
     else:
         cpu = functools.partial(_columns, **settings, groups=groups)
     return lax.platform_dependent(
         x,
         kernel,
         cpu=cpu,
-        tpu=functools.partial(_merged, **settings, groups=groups, width=_TPU_CHANNELS),
+        tpu=functools.partial(_merged, **settings, groups=groups, width=_TPU_CHANNELS, dense=_lax),
         default=per_example(plain),
     )
 
@@ -217,6 +224,64 @@ def _lax(
         dimension_numbers=(f'N{letters}C', f'{letters}IO', f'N{letters}C'),
         feature_group_count=groups,
     )
+
+
+def _row_blocks(
+    x: jax.Array, kernel: jax.Array, *, strides: Ints, pads: Pads, dilation: Ints
+) -> jax.Array:
+    """A convolution whose gradient by the kernel is a sum over blocks of rows.
+
+    XLA's CPU gradient by the kernel is a convolution with the result's gradient as its window, and
+    loses a factor of two to five as soon as that does not fit the cache.
+    """
+    return _in_row_blocks(x, kernel, strides, pads, dilation)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _in_row_blocks(
+    x: jax.Array, kernel: jax.Array, strides: Ints, pads: Pads, dilation: Ints
+) -> jax.Array:
+    return _lax(x, kernel, strides=strides, pads=pads, dilation=dilation)
+
+
+@functools.partial(_in_row_blocks.defjvp, symbolic_zeros=True)
+def _in_row_blocks_jvp(
+    strides: Ints, pads: Pads, dilation: Ints, primals: Sequence[Any], tangents: Sequence[Any]
+) -> tuple[jax.Array, Any]:
+    """The tangent by the kernel in blocks, whose transpose is the sum over them."""
+    (x, kernel), (x_tangent, kernel_tangent) = primals, tangents
+    y = _in_row_blocks(x, kernel, strides, pads, dilation)
+    terms = []
+    if not isinstance(x_tangent, SymbolicZero):
+        terms.append(_in_row_blocks(x_tangent, kernel, strides, pads, dilation))
+    if not isinstance(kernel_tangent, SymbolicZero):
+        terms.append(_blocks_of_rows(x, kernel_tangent, strides, pads, dilation))
+    return y, sum(terms[1:], terms[0]) if terms else SymbolicZero.from_primal_value(y)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3, 4))
+def _blocks_of_rows(
+    x: jax.Array, kernel: jax.Array, strides: Ints, pads: Pads, dilation: Ints
+) -> jax.Array:
+    """The convolution as one for each block of the result's rows.
+
+    The rows of x that a block sees are cut out again for the gradient, not kept.
+    """
+    window = kernel.shape[:-2]
+    out = _output_sizes(x.shape[1:-1], window, strides, pads, dilation)
+    row = math.prod((x.shape[0], *out[1:], kernel.shape[-1])) * x.dtype.itemsize
+    count = math.ceil(out[0] / max(_CPU_BLOCK // max(row, 1), 1))
+    span, rows = dilation[0] * (window[0] - 1) + 1, x.shape[1]
+    pieces = []
+    for block in range(count):
+        first, end = block * out[0] // count, (block + 1) * out[0] // count
+        top = first * strides[0] - pads[0][0]
+        bottom = (end - 1) * strides[0] - pads[0][0] + span
+        seen = lax.slice_in_dim(x, min(max(top, 0), rows), min(max(bottom, 0), rows), axis=1)
+        zeros = (max(min(0, bottom) - top, 0), max(bottom - max(rows, top), 0))
+        settings = {'strides': strides, 'pads': (zeros, *pads[1:]), 'dilation': dilation}
+        pieces.append(_lax(seen, kernel, **settings))
+    return jnp.concatenate(pieces, 1)
 
 
 def _flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -285,6 +350,7 @@ def _merged(
     dilation: Ints,
     groups: int,
     width: int,
+    dense: Callable[..., jax.Array],
 ) -> jax.Array:
     """Grouped convolution as dense convolutions that see about `width` channels each.
 
@@ -298,7 +364,7 @@ def _merged(
     parts = groups // merge
     blocks = _blocks(kernel, groups, merge)
     results = [
-        _lax(piece, blocks[..., part, :, :], strides=strides, pads=pads, dilation=dilation)
+        dense(piece, blocks[..., part, :, :], strides=strides, pads=pads, dilation=dilation)
         for part, piece in enumerate(jnp.split(x, parts, -1))
     ]
     return jnp.concatenate(results, -1)

@@ -130,7 +130,67 @@ def test_merged_groups_of_any_width(width, x64):
     x, kernel = arrays((1, 5, 4, 12), (3, 3, 2, 18))
     settings = ((2, 1), ((1, 1), (1, 0)), (1, 1), 6)
     names = dict(zip(('strides', 'pads', 'dilation', 'groups'), settings, strict=True))
-    check(lambda *a: module._merged(*a, **names, width=width), x, kernel, *settings)
+    merged = functools.partial(module._merged, **names, width=width, dense=module._lax)
+    check(merged, x, kernel, *settings)
+
+
+BLOCKED = {
+    'strided, dilated': ((2, 9, 5, 3), (3, 2, 3, 4), (2, 1), ((1, 1), (0, 1)), (2, 1), 1),
+    'rows of zeros alone': ((1, 3, 4, 2), (2, 2, 2, 3), (1, 2), ((5, 4), (3, 0)), (1, 2), 1),
+    'rows that nobody reads': ((1, 8, 4, 2), (1, 2, 2, 3), (3, 1), ((0, 0), (0, 0)), (1, 1), 1),
+    '1d': ((2, 9, 3), (4, 3, 2), (1,), ((2, 1),), (1,), 1),
+    '3d': ((1, 4, 5, 3, 2), (2, 3, 3, 2, 3), (1, 2, 1), ((0, 1), (1, 1), (1, 1)), (1,) * 3, 1),
+    'grouped': ((2, 6, 4, 8), (3, 3, 2, 8), (1, 1), ((1, 1), (1, 1)), (1, 1), 4),
+}
+
+
+@pytest.mark.parametrize('rows', [1, 2])
+@pytest.mark.parametrize('name', BLOCKED)
+def test_blocks_of_rows(name, rows, x64, monkeypatch):
+    x_shape, kernel_shape, strides, pads, dilation, groups = BLOCKED[name]
+    x, kernel = arrays(x_shape, kernel_shape)
+    y = loops(x, kernel, strides, pads, dilation, groups)
+    monkeypatch.setattr(module, '_CPU_BLOCK', rows * y[:, 0].nbytes // groups)
+
+    def ours(x, kernel):
+        return conv(x, kernel, strides=strides, padding=pads, dilation=dilation, groups=groups)
+
+    check(ours, x, kernel, strides, pads, dilation, groups)
+    if groups > 1:
+        return
+    text = str(jax.make_jaxpr(jax.grad(lambda k: ours(x, k).sum()))(kernel))
+    assert text.count('conv_general_dilated') >= y.shape[1] // rows
+
+
+def test_derivatives_of_any_order(x64, monkeypatch):
+    """Forward mode, and the gradient of a gradient, with blocks of rows."""
+    monkeypatch.setattr(module, '_CPU_BLOCK', 1)
+    x, kernel, dx, dkernel = arrays((1, 4, 3, 2), (3, 3, 2, 2), (1, 4, 3, 2), (3, 3, 2, 2))
+
+    def penalty(function):
+        def size(x, kernel):
+            gradients = jax.grad(lambda *a: jnp.sin(function(*a)).sum(), (0, 1))(x, kernel)
+            return sum(jnp.square(g).sum() for g in gradients)
+
+        return size
+
+    def reference(x, kernel):
+        return plain(x, kernel, (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
+
+    @jax.jit
+    def results(x, kernel, dx, dkernel):
+        return [
+            (
+                jax.jvp(f, (x, kernel), (dx, dkernel)),
+                jax.grad(penalty(f), (0, 1))(x, kernel),
+                jax.jvp(jax.grad(penalty(f)), (x, kernel), (dx, dkernel)),
+            )
+            for f in (conv, reference)
+        ]
+
+    ours, theirs = map(jax.tree.leaves, results(x, kernel, dx, dkernel))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
 @given(
