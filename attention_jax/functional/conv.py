@@ -2,8 +2,9 @@
 
 One convolution is one mathematical function, but no single program for it is fast everywhere: a
 1x1 convolution on a CPU is several times faster as a flat matrix product, and slower so on a TPU;
-narrow groups are best merged into 16 channels on a CPU, 128 on a TPU, and left alone on a GPU.
-`lax.platform_dependent` keeps only the branch of the device at hand.
+narrow groups are best merged into 16 channels on a CPU, 128 on a TPU, and left alone on a GPU; and
+a CPU wants the gradient by the kernel in pieces that fit its cache. `lax.platform_dependent` keeps
+only the branch of the device at hand.
 """
 
 import functools
@@ -26,11 +27,11 @@ Ints = tuple[int, ...]
 
 # Compile time grows with the taps: beyond a 7x7 window XLA's own depthwise convolution is used.
 _MOST_SHIFTS = 49
-# Channels up to which one product of all groups costs a CPU less than one a group.
+# Channels up to which one product of all groups costs a CPU less than several of some.
 _MOST_DENSE = 256
-# Channels that a dense convolution made of merged groups sees: one vector on a CPU, one tile of the
-# matrix unit on a TPU.
-_CPU_CHANNELS = 16
+# Channels that a dense convolution made of merged groups sees: at least one vector on a CPU, where
+# more are taken rather than many pieces to compile; one tile of the matrix unit on a TPU.
+_CPU_CHANNELS, _CPU_PIECES = 16, 16
 _TPU_CHANNELS = 128
 # Bytes of a result's gradient that stay in a CPU's cache beside what they are multiplied with.
 _CPU_BLOCK = 640 * 1024
@@ -181,32 +182,27 @@ def _lower(
     plain = functools.partial(_lax, **settings, groups=groups)
 
     if groups == 1:
-        if math.prod(window) == 1 and not any(map(any, pads)):
-            flat = functools.partial(_pointwise, strides=strides)
-            return lax.platform_dependent(x, kernel, cpu=flat, default=plain)
-        if rank == 2 and channels <= 2 and features == 1 and set(strides) == {1}:
+        gates = rank == 2 and channels <= 2 and features == 1 and set(strides) == {1}
+        if gates and math.prod(window) > 1:
             return _toeplitz(x, kernel, pads, dilation)
-        blocks = functools.partial(_row_blocks, **settings)
-        return lax.platform_dependent(x, kernel, cpu=blocks, default=plain)
+        cpu = functools.partial(_cpu_dense, **settings)
+        return lax.platform_dependent(x, kernel, cpu=cpu, default=plain)
 
     if groups == channels == features and math.prod(window) <= _MOST_SHIFTS and rank < 3:
         shifts = functools.partial(_shifts, **settings)
         return lax.platform_dependent(x, kernel, cpu=shifts, default=plain)
     if groups == channels == features:
         return plain(x, kernel)
-    if math.prod(window) == 1 and not any(map(any, pads)) and channels <= _MOST_DENSE:
-        cpu = functools.partial(_whole, strides=strides, groups=groups)
-    elif channels // groups < _CPU_CHANNELS:
-        cpu = functools.partial(
-            _merged, **settings, groups=groups, width=_CPU_CHANNELS, dense=_row_blocks
-        )
+    if math.prod(window) == 1 and channels <= _MOST_DENSE:
+        width = channels
     else:
-        cpu = functools.partial(_columns, **settings, groups=groups)
+        width = max(_CPU_CHANNELS, channels // _CPU_PIECES)
+    merged = functools.partial(_merged, **settings, groups=groups)
     return lax.platform_dependent(
         x,
         kernel,
-        cpu=cpu,
-        tpu=functools.partial(_merged, **settings, groups=groups, width=_TPU_CHANNELS, dense=_lax),
+        cpu=functools.partial(merged, width=width, dense=_cpu_dense),
+        tpu=functools.partial(merged, width=_TPU_CHANNELS, dense=_lax),
         default=per_example(plain),
     )
 
@@ -226,41 +222,46 @@ def _lax(
     )
 
 
-def _row_blocks(
+def _cpu_dense(
     x: jax.Array, kernel: jax.Array, *, strides: Ints, pads: Pads, dilation: Ints
+) -> jax.Array:
+    """A convolution without groups as a CPU takes it fastest."""
+    if math.prod(kernel.shape[:-2]) == 1 and not any(map(any, pads)):
+        return _pointwise(x, kernel, strides=strides)
+    return _row_blocks(x, kernel, strides, pads, dilation)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _row_blocks(
+    x: jax.Array, kernel: jax.Array, strides: Ints, pads: Pads, dilation: Ints
 ) -> jax.Array:
     """A convolution whose gradient by the kernel is a sum over blocks of rows.
 
     XLA's CPU gradient by the kernel is a convolution with the result's gradient as its window, and
     loses a factor of two to five as soon as that does not fit the cache.
     """
-    return _in_row_blocks(x, kernel, strides, pads, dilation)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def _in_row_blocks(
-    x: jax.Array, kernel: jax.Array, strides: Ints, pads: Pads, dilation: Ints
-) -> jax.Array:
     return _lax(x, kernel, strides=strides, pads=pads, dilation=dilation)
 
 
-@functools.partial(_in_row_blocks.defjvp, symbolic_zeros=True)
-def _in_row_blocks_jvp(
+@functools.partial(_row_blocks.defjvp, symbolic_zeros=True)
+def _row_blocks_jvp(
     strides: Ints, pads: Pads, dilation: Ints, primals: Sequence[Any], tangents: Sequence[Any]
 ) -> tuple[jax.Array, Any]:
-    """The tangent by the kernel in blocks, whose transpose is the sum over them."""
+    """The tangents in forms whose transposes are fast: that by the kernel is a sum over blocks."""
     (x, kernel), (x_tangent, kernel_tangent) = primals, tangents
-    y = _in_row_blocks(x, kernel, strides, pads, dilation)
+    y = _row_blocks(x, kernel, strides, pads, dilation)
     terms = []
     if not isinstance(x_tangent, SymbolicZero):
-        terms.append(_in_row_blocks(x_tangent, kernel, strides, pads, dilation))
+        halves = set(strides) == {2} and set(dilation) == {1}
+        form = _phases if halves else functools.partial(_lax, dilation=dilation)
+        terms.append(form(x_tangent, kernel, strides=strides, pads=pads))
     if not isinstance(kernel_tangent, SymbolicZero):
-        terms.append(_blocks_of_rows(x, kernel_tangent, strides, pads, dilation))
+        terms.append(_each_block(x, kernel_tangent, strides, pads, dilation))
     return y, sum(terms[1:], terms[0]) if terms else SymbolicZero.from_primal_value(y)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3, 4))
-def _blocks_of_rows(
+def _each_block(
     x: jax.Array, kernel: jax.Array, strides: Ints, pads: Pads, dilation: Ints
 ) -> jax.Array:
     """The convolution as one for each block of the result's rows.
@@ -282,6 +283,34 @@ def _blocks_of_rows(
         settings = {'strides': strides, 'pads': (zeros, *pads[1:]), 'dilation': dilation}
         pieces.append(_lax(seen, kernel, **settings))
     return jnp.concatenate(pieces, 1)
+
+
+def _phases(x: jax.Array, kernel: jax.Array, *, strides: Ints, pads: Pads) -> jax.Array:
+    """A convolution of stride 2 as the sum of those of x's even and odd rows, columns, and so on.
+
+    Each of these has stride 1, and a CPU's gradient by x of that takes less than half as long.
+    """
+    rank = len(strides)
+    window, spatial = kernel.shape[:-2], x.shape[1:-1]
+    out = _output_sizes(spatial, window, strides, pads, (1,) * rank)
+    total = None
+    for phase in itertools.product((0, 1), repeat=rank):
+        first = [(odd + low) % 2 for odd, (low, _) in zip(phase, pads, strict=True)]
+        if any(tap >= k for tap, k in zip(first, window, strict=True)):
+            continue  # no tap meets these
+        ends = [k - (k - 1 - tap) % 2 for tap, k in zip(first, window, strict=True)]
+        zeros = []
+        for n, size, odd, tap, end, (low, _) in zip(
+            out, spatial, phase, first, ends, pads, strict=True
+        ):
+            # Tap t of result o meets entry o + (t - low - odd) / 2 of this phase. Below 0: cut off.
+            have = (size - odd + 1) // 2
+            zeros.append(((low + odd - tap) // 2, n + (end - 1 - low - odd) // 2 - have))
+        taps = kernel[tuple(slice(a, None, 2) for a in first)]
+        part = x[(slice(None), *(slice(odd, None, 2) for odd in phase))]
+        term = _lax(part, taps, strides=(1,) * rank, pads=tuple(zeros), dilation=(1,) * rank)
+        total = term if total is None else total + term
+    return total
 
 
 def _flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -379,44 +408,6 @@ def _blocks(kernel: jax.Array, groups: int, merge: int) -> jax.Array:
     # [*window, parts, merge, inputs, merge, outputs]
     blocks = jnp.einsum('...ipgo,gh->...phigo', kernel, eye, precision='highest')
     return blocks.reshape(*window, parts, merge * inputs, features // parts)
-
-
-def _whole(x: jax.Array, kernel: jax.Array, *, strides: Ints, groups: int) -> jax.Array:
-    """A grouped window of one tap as one product with a matrix that is zero between groups."""
-    return _pointwise(x, _blocks(kernel, groups, groups)[..., 0, :, :], strides=strides)
-
-
-def _columns(
-    x: jax.Array, kernel: jax.Array, *, strides: Ints, pads: Pads, dilation: Ints, groups: int
-) -> jax.Array:
-    """Convolution of wide groups as a product a group, of the windows laid out side by side.
-
-    One program however many groups there are. The windows are laid out again for the gradient, not
-    kept.
-    """
-    *window, inputs, features = kernel.shape
-    out = _output_sizes(x.shape[1:-1], tuple(window), strides, pads, dilation)
-    span = [(n - 1) * s + 1 for n, s in zip(out, strides, strict=True)]
-    taps = list(itertools.product(*map(range, window)))
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        pieces = []
-        for tap in taps:
-            low = [i * d for i, d in zip(tap, dilation, strict=True)]
-            high = [a + n for a, n in zip(low, span, strict=True)]
-            ends = (*x.shape[:2], *high, inputs)
-            pieces.append(lax.slice(x, (0, 0, *low, 0), ends, (1, 1, *strides, 1)))
-        columns = jnp.concatenate(pieces, -1).reshape(groups, -1, len(taps) * inputs)
-        return columns @ kernel
-
-    batch = x.shape[0]
-    x = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, inputs), -2, 0)  # [g, b, *spatial, c / g]
-    borders = ((0, 0, 0), (0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0))
-    x = lax.pad(x, jnp.zeros((), x.dtype), borders)
-    kernel = kernel.reshape(len(taps) * inputs, groups, features // groups).swapaxes(0, 1)
-    y = product(x, kernel).reshape(groups, batch, *out, features // groups)
-    return jnp.moveaxis(y, 0, -2).reshape(batch, *out, features)
 
 
 def _shifts(

@@ -136,6 +136,7 @@ def test_merged_groups_of_any_width(width, x64):
 
 BLOCKED = {
     'strided, dilated': ((2, 9, 5, 3), (3, 2, 3, 4), (2, 1), ((1, 1), (0, 1)), (2, 1), 1),
+    'stride 2': ((2, 9, 6, 3), (3, 2, 3, 4), (2, 2), ((1, 1), (2, 0)), (1, 1), 1),
     'rows of zeros alone': ((1, 3, 4, 2), (2, 2, 2, 3), (1, 2), ((5, 4), (3, 0)), (1, 2), 1),
     'rows that nobody reads': ((1, 8, 4, 2), (1, 2, 2, 3), (3, 1), ((0, 0), (0, 0)), (1, 1), 1),
     '1d': ((2, 9, 3), (4, 3, 2), (1,), ((2, 1),), (1,), 1),
@@ -191,6 +192,23 @@ def test_derivatives_of_any_order(x64, monkeypatch):
     ours, theirs = map(jax.tree.leaves, results(x, kernel, dx, dkernel))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+@given(
+    size=st.tuples(st.integers(3, 7), st.integers(3, 7)),
+    window=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    pads=st.tuples(*[st.tuples(st.integers(0, 4), st.integers(0, 4))] * 2),
+)
+@settings(max_examples=15, deadline=None)
+def test_phases_of_stride_2(size, window, pads):
+    """The same function as the convolution, forwards and, as its transpose, in the gradient."""
+    if any(n + sum(p) < k for n, p, k in zip(size, pads, window, strict=True)):
+        return
+    x, kernel = arrays((1, *size, 2), (*window, 2, 3), dtype=np.float32)
+    y, back = jax.vjp(lambda x: module._phases(x, kernel, strides=(2, 2), pads=pads), x)
+    expected, reference = jax.vjp(lambda x: plain(x, kernel, (2, 2), pads, (1, 1), 1), x)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(*[f(expected)[0] for f in (back, reference)], rtol=0, atol=2e-4)
 
 
 @given(
