@@ -132,29 +132,32 @@ def voc_splits(setting: str, folder: pathlib.Path) -> dict[str, list[str]]:
     return splits
 
 
-def voc_classes(setting: str, folder: pathlib.Path) -> tuple[str, ...]:
-    """The class names: of classes.txt if there is one, else of all annotations, sorted.
+def voc_classes(setting: str, folders: Sequence[pathlib.Path]) -> tuple[str, ...]:
+    """The class names: of classes.txt if a folder has one, else of all annotations, sorted.
 
     Raises:
-        ValueError: none, or a name twice.
+        ValueError: none, or a name twice; or the folders list different ones.
     """
-    listed = folder / 'classes.txt'
-    if listed.is_file():
-        names = [line.strip() for line in listed.read_text().splitlines() if line.strip()]
-        if not names or len(set(names)) < len(names):
+    lists = [
+        [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        for path in (folder / 'classes.txt' for folder in folders)
+        if path.is_file()
+    ]
+    if lists:
+        if any(names != lists[0] for names in lists):
+            raise ValueError(f'data.name {setting!r}: the classes.txt of its folders differ')
+        if not lists[0] or len(set(lists[0])) < len(lists[0]):
             raise ValueError(
-                f'data.name {setting!r}: {str(listed)!r} must have a class a line, each once'
+                f'data.name {setting!r}: classes.txt must have a class a line, each once'
             )
-        return tuple(names)
+        return tuple(lists[0])
     found = set()
-    for path in sorted((folder / 'Annotations').glob('*.xml')):
+    for path in (path for folder in folders for path in folder.glob('Annotations/*.xml')):
         with contextlib.suppress(ET.ParseError):  # said when its split is read
             found.update(_name(item) for item in ET.parse(path).getroot().findall('object'))
     found.discard('')
     if not found:
-        raise ValueError(
-            f'data.name {setting!r}: no object in any of {str(folder / "Annotations")!r}/*.xml'
-        )
+        raise ValueError(f'data.name {setting!r}: no object in any of its Annotations/*.xml')
     return tuple(sorted(found))
 
 

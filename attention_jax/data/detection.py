@@ -1,31 +1,19 @@
-"""Pictures with boxes: `digit_scenes`, Pascal VOC folders, COCO folders and TFDS."""
+"""Pictures with boxes as examples of training and evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
-import os
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from attention_jax.data import annotations, box_transforms, prepared, scenes, sources, transforms
+from attention_jax.data import box_transforms, boxed, scenes, transforms
 from attention_jax.data.annotations import Annotation, Notes
 
 AUGMENTATIONS = ('none', 'random_scale')
 _DEFAULT_SIZE = 416
-_BLOCK = 256  # records read at a time
-_BROKEN = 'pictures that do not decode, grey without boxes in training, not evaluated'
-_OTHER_SIZE = (
-    'pictures of another size than their annotation says, grey without boxes in training, '
-    'not evaluated'
-)
-_SCENES = 'digit_scenes'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,9 +221,10 @@ def source(config: Any, split: str, *, train: bool) -> Source:
     Args:
         config: the whole config. Of `config.data`:
             `name`: 'digit_scenes' (handwritten digits on 128x128, no files, see `scenes.draw`);
-            'voc:PATH', a folder with Annotations, JPEGImages and ImageSets/Main; 'coco:PATH', a
-            folder with annotations/instances_SPLIT.json and the pictures in SPLIT/; or a TFDS name
-            with `image` and `objects`, such as 'voc/2007' and 'coco/2017'.
+            'voc:PATH', a folder with Annotations, JPEGImages and ImageSets/Main, or 'voc:PATH+PATH'
+            for the pictures of several; 'coco:PATH', a folder with annotations/instances_SPLIT.json
+            and the pictures in SPLIT/; or a TFDS name with `image` and `objects`, such as
+            'voc/2007' and 'coco/2017'.
             `data_dir`: where TFDS finds it; None is TFDS's own default.
             `image_size`: of the pictures in a batch, pixels a side, or (h, w); None is 128 for
             digit_scenes, else 416.
@@ -255,29 +244,10 @@ def source(config: Any, split: str, *, train: bool) -> Source:
         ValueError: an unknown name, split or setting; data that is not there or not of this form;
             a split without pictures.
     """
-    name = getattr(config.data, 'name', None)
-    if not isinstance(name, str) or not name:
-        raise ValueError(
-            f"data.name {name!r} must be 'digit_scenes', 'voc:PATH', 'coco:PATH' or the name of a "
-            'TFDS data set with boxes'
-        )
-    opening = {'voc': _voc, 'coco': _coco}
-    kind, _, path = name.partition(':')
-    if kind in opening and not path:
-        raise ValueError(
-            f"data.name {name!r} has no PATH: give a folder, '{kind}:PATH', or a TFDS name with "
-            f"its configuration, '{kind}/...'"
-        )
     notes = Notes()
-    if name == _SCENES:
-        sources.cache_setting(config.data)  # always in memory; only a wrong value matters
-        opened = _scenes(split, notes)
-    elif kind in opening:
-        folder = pathlib.Path(path).expanduser()
-        opened = opening[kind](config, name, folder, split, notes)
-    else:
-        opened = _tfds(config, name, split, notes, train=train)
-    size = _image_size(config, scenes.SIZE if name == _SCENES else _DEFAULT_SIZE)
+    opened = boxed.open_split(config, split, notes, train=train)
+    name = config.data.name
+    size = _image_size(config, scenes.SIZE if name == boxed.SCENES else _DEFAULT_SIZE)
     description = Description(
         name=name,
         image_shape=(*size, 3),
@@ -289,7 +259,7 @@ def source(config: Any, split: str, *, train: bool) -> Source:
     if isinstance(max_boxes, bool) or not isinstance(max_boxes, int) or max_boxes < 1:
         raise ValueError(f'detection.max_boxes {max_boxes!r} must be a positive whole number')
     augment = getattr(config.data, 'augment', None)
-    plain = name == _SCENES and augment != 'random_scale'
+    plain = name == boxed.SCENES and augment != 'random_scale'
     mosaic, mixup, share = (
         _share(config, key, default)
         for key, default in (('mosaic', 0.0), ('mixup', 0.0), ('mosaic_epochs', 0.7))
@@ -312,234 +282,6 @@ def source(config: Any, split: str, *, train: bool) -> Source:
         mixup=mixup,
         mosaic_until=share * _run_length(config, opened.count) if train else 0.0,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Opened:
-    """A split as it was opened: see `Source` and `Description`; the most boxes a picture has."""
-
-    class_names: Sequence[str]
-    splits: Mapping[str, int]
-    example: Callable[[int], tuple[Image.Image | None, Annotation]]
-    annotation: Callable[[int], Annotation]
-    count: int
-    in_memory: bool
-    most_boxes: int
-
-
-def _scenes(split: str, notes: Notes) -> _Opened:
-    ranges = sources.split_ranges(_SCENES, split, scenes.COUNTS)
-    pictures, found = [], []
-    for key, low, high in ranges:
-        images, boxes, classes = scenes.draw(key)
-        pictures.extend(images[low:high])
-        for i in range(low, high):
-            found.append(
-                annotations.checked(
-                    f'{key} scene {i}',
-                    '',
-                    (scenes.SIZE, scenes.SIZE),
-                    boxes[i],
-                    classes[i],
-                    np.zeros(len(classes[i]), bool),
-                    notes,
-                )
-            )
-    example = functools.partial(_held, pictures, found)
-    return _Opened(
-        scenes.CLASS_NAMES,
-        scenes.COUNTS,
-        example,
-        functools.partial(operator.getitem, found),
-        len(found),
-        True,
-        _most_boxes(found),
-    )
-
-
-def _voc(config: Any, name: str, folder: pathlib.Path, split: str, notes: Notes) -> _Opened:
-    lists = annotations.voc_splits(name, folder)
-    splits = {key: len(names) for key, names in lists.items()}
-    ranges = sources.split_ranges(name, split, splits)
-    names = [picture for key, low, high in ranges for picture in lists[key][low:high]]
-    class_names = annotations.voc_classes(name, folder)
-    found = annotations.voc(folder, list(dict.fromkeys(names)), class_names, notes)
-    return _from_files(config, name, split, class_names, splits, found, notes)
-
-
-def _coco(config: Any, name: str, folder: pathlib.Path, split: str, notes: Notes) -> _Opened:
-    files = annotations.coco_files(name, folder)
-    parts = [part.split('[')[0].strip() for part in str(split).split('+')]
-    unknown = [part for part in parts if part not in files]
-    if unknown:
-        raise ValueError(
-            f'data.split {split!r}: {name!r} has no {unknown[0]!r}; it has {", ".join(files)}'
-        )
-    documents = {part: annotations.coco_document(name, files[part]) for part in parts}
-    categories = [annotations.coco_categories(name, d) for d in documents.values()]
-    if any(c != categories[0] for c in categories):
-        raise ValueError(f'data.split {split!r} of {name!r}: its parts differ in categories')
-    splits = {part: len(document['images']) for part, document in documents.items()}
-    found = []
-    for key, low, high in sources.split_ranges(name, split, splits):
-        found += annotations.coco(
-            folder / key,
-            documents[key]['images'][low:high],
-            documents[key]['annotations'],
-            list(categories[0]),
-            notes,
-        )
-    return _from_files(config, name, split, tuple(categories[0].values()), splits, found, notes)
-
-
-def _from_files(
-    config: Any,
-    name: str,
-    split: str,
-    class_names: Sequence[str],
-    splits: Mapping[str, int],
-    found: list[Annotation],
-    notes: Notes,
-) -> _Opened:
-    if not found:
-        reasons = '; '.join(notes.lines())
-        raise ValueError(f'data.split {split!r} of {name!r} has no picture left: {reasons}')
-    example = functools.partial(_from_file, found, notes)
-    cache = sources.cache_setting(config.data)
-    if cache is None:
-        cache = 3 * sum(h * w for h, w in (a.shape for a in found)) < sources.CACHE_LIMIT
-    if cache:
-        # Threads, because decoding photos lets go of Python's lock.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            pictures = list(pool.map(functools.partial(_decoded, example), range(len(found))))
-        example = functools.partial(_held, pictures, found)
-    annotation = functools.partial(operator.getitem, found)
-    return _Opened(class_names, splits, example, annotation, len(found), cache, _most_boxes(found))
-
-
-def _tfds(config: Any, name: str, split: str, notes: Notes, *, train: bool) -> _Opened:
-    """A prepared TFDS data set; its annotations are read with the pictures, when asked for."""
-    import tensorflow_datasets as tfds
-
-    builder = prepared.open_builder(name, getattr(config.data, 'data_dir', None))
-    image, label, ignored = _objects(name, builder.info.features)
-    splits = {key: info.num_examples for key, info in builder.info.splits.items()}
-    sources.split_ranges(name, split, splits)
-    encoded = isinstance(image, tfds.features.Image)
-    with prepared.quiet():
-        records = builder.as_data_source(
-            split=split, decoders={'image': tfds.decode.SkipDecoding()} if encoded else None
-        )
-    example = functools.partial(_from_record, records, label.num_classes, ignored, notes)
-    # Cut the truth of no picture that is evaluated: every record is read once for that.
-    most = 0 if train else _most_objects(records)
-    cache = bool(sources.cache_setting(config.data))
-    if cache:
-        examples = [example(i) for i in range(len(records))]
-        pictures = [None if p is None else transforms.to_array(p) for p, _ in examples]
-        example = functools.partial(_held, pictures, [found for _, found in examples])
-    annotation = functools.partial(_second, example)
-    names = tuple(label.names)
-    return _Opened(names, splits, example, annotation, len(records), cache, most)
-
-
-def _objects(name: str, features: Any) -> tuple[Any, Any, str | None]:
-    """The features `image` and label of `objects`, and which of its keys means `ignore`."""
-    import tensorflow_datasets as tfds
-
-    keys = list(features.keys()) if hasattr(features, 'keys') else [type(features).__name__]
-    objects = getattr(features['objects'], 'feature', None) if 'objects' in keys else None
-    inner = list(objects.keys()) if hasattr(objects, 'keys') else []
-    if 'image' not in keys or not {'bbox', 'label'} <= set(inner):
-        raise ValueError(
-            f'data.name {name!r} has the features {", ".join(keys)}; detection needs '
-            "'image' and 'objects' with 'bbox' and 'label'"
-        )
-    label = objects['label']
-    if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
-        raise ValueError(
-            f'data.name {name!r}: the label of its objects is a {type(label).__name__}, and '
-            'detection needs a ClassLabel'
-        )
-    ignored = next((key for key in ('is_difficult', 'is_crowd') if key in inner), None)
-    return features['image'], label, ignored
-
-
-def _most_objects(records: Any) -> int:
-    most = 0
-    for start in range(0, len(records), _BLOCK):
-        block = records.__getitems__(list(range(start, min(start + _BLOCK, len(records)))))
-        most = max(most, *(len(record['objects']['label']) for record in block))
-    return most
-
-
-def _held(
-    pictures: Sequence[np.ndarray | None], found: Sequence[Annotation], index: int
-) -> tuple[Image.Image | None, Annotation]:
-    """An example whose picture is in memory."""
-    pixels = pictures[index]
-    return None if pixels is None else transforms.to_picture(pixels, 3), found[index]
-
-
-def _from_file(
-    found: Sequence[Annotation], notes: Notes, index: int
-) -> tuple[Image.Image | None, Annotation]:
-    """An example whose picture is in a file."""
-    annotation = found[index]
-    try:
-        with Image.open(annotation.path) as file:
-            picture = file.convert('RGB')
-    except annotations.BROKEN:
-        notes.add(_BROKEN, annotation.name)
-        return None, annotation
-    if (picture.height, picture.width) != annotation.shape:
-        notes.add(_OTHER_SIZE, annotation.name)
-        return None, annotation
-    return picture, annotation
-
-
-def _from_record(
-    records: Any, num_classes: int, ignored: str | None, notes: Notes, index: int
-) -> tuple[Image.Image | None, Annotation]:
-    """An example of a TFDS record; its boxes are (y1, x1, y2, x2) over the picture's sides."""
-    name, record = f'example {index}', records[index]
-    objects = record['objects']
-    try:
-        picture = transforms.to_picture(record['image'], 3)
-        h, w = picture.height, picture.width
-    except annotations.BROKEN:
-        notes.add(_BROKEN, name)
-        nothing = np.zeros(0)
-        return None, annotations.checked(name, '', (1, 1), nothing, nothing, nothing, notes)
-    classes = np.asarray(objects['label'], np.int32)
-    corners = np.asarray(objects['bbox'], np.float64).reshape(-1, 4)[:, [1, 0, 3, 2]]
-    found = annotations.checked(
-        name,
-        '',
-        (h, w),
-        corners * [w, h, w, h],
-        np.where(classes < num_classes, classes, -1),
-        objects[ignored] if ignored else np.zeros(len(classes), bool),
-        notes,
-    )
-    return picture, found
-
-
-def _decoded(
-    example: Callable[[int], tuple[Image.Image | None, Annotation]], index: int
-) -> np.ndarray | None:
-    picture, _ = example(index)
-    return None if picture is None else transforms.to_array(picture)
-
-
-def _second(
-    example: Callable[[int], tuple[Image.Image | None, Annotation]], index: int
-) -> Annotation:
-    return example(index)[1]
-
-
-def _most_boxes(found: Sequence[Annotation]) -> int:
-    return max((len(a.classes) for a in found), default=0)
 
 
 def _rows(found: Annotation) -> np.ndarray:

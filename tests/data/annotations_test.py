@@ -112,7 +112,7 @@ def test_voc_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match='holds no list of pictures'):
         annotations.voc_splits('voc:x', tmp_path)
     with pytest.raises(ValueError, match='no object in any of'):
-        annotations.voc_classes('voc:x', tmp_path)
+        annotations.voc_classes('voc:x', [tmp_path])
     (tmp_path / 'classes.txt').write_text('cat\ndog\ncat\n')
     with pytest.raises(ValueError, match='must have a class a line, each once'):
-        annotations.voc_classes('voc:x', tmp_path)
+        annotations.voc_classes('voc:x', [tmp_path])

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from attention_jax import data
-from attention_jax.data import detection
+from attention_jax.data import boxed, detection
 
 
 def config(max_boxes=6, **settings):
@@ -94,6 +94,25 @@ def test_voc(voc):
     assert source.warnings() == [
         f'voc:{voc}, train+val: boxes of no area, left out: 1 (the first in two)'
     ]
+
+
+def test_pictures_of_two_voc_folders_are_one_data_set(voc, tmp_path):
+    pictures = {'four': ('red', [('bird', (1, 1, 9, 9), 0)]), 'five': ('blue', [])}
+    other = write_voc(tmp_path / 'other', pictures, {'train': ['four'], 'test': ['five']})
+    settings = config(name=f'voc:{voc}+{other}', image_size=64, augment='none')
+    source = detection.source(settings, 'train', train=False)
+    assert source.description.class_names == ('bird', 'cat', 'dog')
+    assert source.description.splits == {'train': 3, 'val': 1, 'test': 1}
+    classes = [source.eval_example(i)['classes'].tolist()[:2] for i in range(len(source))]
+    assert classes == [[2, 1], [1, -1], [0, -1]]
+    assert len(detection.source(settings, 'train[1:]+test', train=False)) == 3
+    (voc / 'classes.txt').write_text('cat\ndog\nbird\n')
+    assert detection.source(settings, 'test', train=False).description.class_names[2] == 'bird'
+    (other / 'classes.txt').write_text('bird\n')
+    with pytest.raises(ValueError, match=r'classes.txt of its folders differ'):
+        detection.source(settings, 'test', train=False)
+    with pytest.raises(ValueError, match='nowhere'):
+        detection.source(config(name=f'voc:{voc}+nowhere'), 'train', train=False)
 
 
 def test_training_leaves_out_what_is_ignored(voc):
@@ -293,7 +312,7 @@ def test_tfds_without_boxes(tmp_path):
 
     plain = features.FeaturesDict({'image': features.Image(), 'label': features.ClassLabel()})
     with pytest.raises(ValueError, match="'image' and 'objects' with 'bbox' and 'label'"):
-        detection._objects('cifar10', plain)
+        boxed._objects('cifar10', plain)
 
 
 def test_digit_scenes():
