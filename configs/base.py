@@ -73,6 +73,7 @@ def defaults() -> ConfigDict:
             nesterov=False,  # sgd only
             weight_decay=1e-4,  # sgd: added to the gradient (L2); adamw: decoupled
             decay_mask='none',  # left out of weight decay: none, or norms_and_biases
+            frozen=(),  # parts of the network that are not trained, e.g. ('backbone',)
             clip_norm=0.0,  # largest global norm of the gradient; 0: no clipping
             accumulate=1,  # batches whose gradients are averaged for one update
         ),

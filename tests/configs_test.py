@@ -28,7 +28,7 @@ GROUPS = {
         'max_boxes'
     ),
     'optimizer': (
-        'name learning_rate momentum nesterov weight_decay decay_mask clip_norm accumulate'
+        'name learning_rate momentum nesterov weight_decay decay_mask frozen clip_norm accumulate'
     ),
     'schedule': 'name warmup_epochs boundaries factor',
     'train': (

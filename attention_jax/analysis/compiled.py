@@ -387,6 +387,7 @@ def _plain_config(job: Mapping[str, Any], device: str) -> Any:
                 'nesterov': False,
                 'weight_decay': 1e-4,
                 'decay_mask': 'none',
+                'frozen': (),
                 'clip_norm': 0.0,
                 'accumulate': 1,
             },

@@ -1,5 +1,7 @@
 """Optimisers and schedules of the learning rate."""
 
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +16,8 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     """Returns the optimiser of `config.optimizer`.
 
     `sgd` is PyTorch's: the (clipped) gradient plus `weight_decay` times the parameter goes through
-    the momentum, and the rate multiplies the result. `adamw` decays apart from the gradient.
+    the momentum, and the rate multiplies the result. `adamw` decays apart from the gradient. What
+    `frozen` names gets no update and does not count in the gradient's norm.
 
     Args:
         config: the group `optimizer`.
@@ -44,6 +47,9 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         decay = config.weight_decay
         parts.append(optax.adamw(schedule, b1=config.momentum, weight_decay=decay, mask=mask))
     optimizer = optax.chain(*parts)
+    if config.frozen:
+        branches = {'trained': optimizer, 'frozen': optax.set_to_zero()}
+        optimizer = optax.partition(branches, functools.partial(_labels, tuple(config.frozen)))
     if config.accumulate > 1:
         return optax.MultiSteps(optimizer, config.accumulate).gradient_transformation()
     return optimizer
@@ -56,6 +62,17 @@ def decay_mask(params: Any) -> Any:
         return x.ndim > 1 and getattr(path[-1], 'key', None) != 'bias'
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _labels(frozen: Sequence[str], params: Mapping[str, Any]) -> dict[str, str]:
+    """Which of the network's parts are trained."""
+    unknown = [name for name in frozen if name not in params]
+    if unknown:
+        raise ValueError(
+            f'optimizer.frozen has {unknown[0]!r}, which the network has not: '
+            f'use some of {", ".join(params)}'
+        )
+    return {name: 'frozen' if name in frozen else 'trained' for name in params}
 
 
 def make_schedule(

@@ -59,6 +59,18 @@ def test_clipping_comes_before_decay():
     np.testing.assert_allclose(values, [1 - 0.1 * (1 + 0.5)], rtol=1e-6)
 
 
+def test_what_is_frozen_stays_and_does_not_count_in_the_norm():
+    optimizer = make(frozen=('norm', 'heads'), clip_norm=7.0, momentum=0.0, weight_decay=0.5)
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 7.0 / 7**0.5), PARAMS)  # norm of conv's: 7
+    updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    for name, update in updates.items():
+        wanted = -0.1 * (7.0 / 7**0.5 + 0.5 * 2) if name == 'conv' else 0.0
+        for leaf in jax.tree.leaves(update):
+            np.testing.assert_allclose(leaf, wanted, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"frozen has 'head', .* use some of conv, norm, heads"):
+        make(frozen=('head',)).init(PARAMS)
+
+
 def test_accumulated_gradients_are_averaged():
     values = run(make(accumulate=2, weight_decay=0.0), [1.0, 3.0, 5.0, 7.0])
     np.testing.assert_allclose(values, [1, 0.8, 0.8, 0.8 - 0.1 * (0.9 * 2 + 6)], rtol=1e-6)
