@@ -332,7 +332,7 @@ def _read_own(
         found = [_Own(own, *torch.fit_channels(entry, own, read, axis=-2))]
     else:
         candidates = [module]
-        if given.get('attention') is not None and entry.build().attention is None:
+        if _may_lack_mechanism(entry, module, given):
             candidates.append(module.clone(**_MECHANISM))
         found = []
         for candidate in candidates:
@@ -346,6 +346,19 @@ def _read_own(
     if best.report.faults:
         raise ValueError(f'source {weights.text} does not fit {entry.name!r}: {best.report}')
     return best
+
+
+def _may_lack_mechanism(
+    entry: registry.ModelEntry, module: nn.Module, given: Mapping[str, Any]
+) -> bool:
+    """Whether weights without a mechanism are taken for a network that has one.
+
+    One that is asked for beside the name is new; one that belongs to the name is expected, but for
+    detectors, whose released weights are those without.
+    """
+    if entry.family == 'yolo':
+        return module.attention is not None
+    return given.get('attention') is not None and entry.build().attention is None
 
 
 def _read_ours(

@@ -194,14 +194,20 @@ def test_detectors_of_other_classes(tmp_path, form, held, asked, new):
     assert_same(loaded, variables, but=new)
 
 
-def test_a_detectors_mechanism_is_new(tmp_path):
+@pytest.mark.parametrize(
+    ('name', 'asked', 'arrays'),
+    [
+        ('yolov4_tiny', {'attention': 'se', 'attention_args': {'reduction': 4}}, 4),
+        ('yolov4_tiny_voc_phi1', {}, 2),
+    ],
+)
+def test_a_detectors_mechanism_is_new(tmp_path, name, asked, arrays):
     path = tmp_path / 'x.safetensors'
     variables = yolo_variables()
     files.write(path, torch.to_state_dict('yolov4_tiny', variables, **YOLO), {'format': 'pt'})
-    arguments = {'width': 0.125, 'attention': 'se', 'attention_args': {'reduction': 4}}
-    _, loaded, report = load_pretrained('yolov4_tiny', path, num_classes=2, **arguments)
+    _, loaded, report = load_pretrained(name, path, width=0.125, num_classes=2, **asked)
     gates = {path for path in report.new if '_attention/' in path}
-    assert len(gates) == 3 * 4
+    assert len(gates) == 3 * arrays
     assert set(report.new) == gates | YOLO_HEADS
     assert_same(loaded, variables, but=report.new)
 
