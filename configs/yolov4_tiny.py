@@ -6,15 +6,20 @@
     python train.py --config configs/yolov4_tiny.py:coco --config.data.name=coco:COCO
 
 Without an argument it trains a network of half the width on `digit_scenes`: handwritten digits on
-128 x 128 pixels. `model.attention` is any mechanism that keeps its input's shape, in three places
-of the neck; `yolov4_tiny_voc_phi0` ... `phi4` as `model.name` are the repository's five forms.
+128 x 128 pixels, enlarged to 160 x 160. `model.attention` is any mechanism that keeps its input's
+shape, in three places of the neck; `yolov4_tiny_voc_phi0` ... `phi4` as `model.name` are the
+repository's five forms.
 
 `voc` and `coco` follow the repository's recipe: 416 x 416, batch 16, SGD with Nesterov momentum
-0.937, weight decay 5e-4 on kernels, 300 epochs, rate 0.01 * batch / 64. What is missing: its other
-recipe, which first trains 50 epochs with the backbone frozen. It starts from released weights:
-`--config.model.pretrained=FILE`. Published numbers are of VOC 2007 and 2012 together: put both
-into one folder. Mosaic and mixup are off, as there: `--config.data.mosaic=0.5`
-and `--config.data.mixup=0.5` turn them on.
+0.937, weight decay 5e-4 on kernels, 300 epochs, rate 0.01 * batch / 64. Published numbers are of
+`--config.data.name=voc:VOCdevkit/VOC2007+VOCdevkit/VOC2012`. Mosaic and mixup are off, as there:
+`--config.data.mosaic=0.5` and `--config.data.mixup=0.5` turn them on. From released weights
+(`--config.model.pretrained=FILE`) the repository first trains with the backbone frozen; here these
+are two runs, each with a schedule of its own:
+
+    --workdir A --config.model.pretrained=FILE "--config.optimizer.frozen=('backbone',)" \
+        --config.train.epochs=50 --config.train.batch_size=32 --config.optimizer.learning_rate=5e-3
+    --workdir B --config.model.pretrained=A --config.train.epochs=250
 """
 
 from ml_collections import ConfigDict
@@ -42,14 +47,16 @@ def get_config(arg: str = 'digit_scenes') -> ConfigDict:
 def _digit_scenes(config: ConfigDict) -> None:
     config.model.arguments.width = 0.5
     config.data.name = 'digit_scenes'
+    config.data.image_size = 160  # the smallest digits are hardly larger than a cell
     config.data.scale = (0.8, 1.25)  # the smallest digits have 12 pixels
     config.detection.max_boxes = 16
-    # attention-jax anchors digit_scenes
-    config.detection.anchors = ((10, 14), (14, 21), (19, 28), (24, 34), (30, 43), (38, 52))
+    # attention-jax anchors digit_scenes --size 160
+    config.detection.anchors = ((12, 18), (18, 26), (24, 35), (30, 42), (38, 54), (48, 65))
     config.detection.masks = ((3, 4, 5), (0, 1, 2))
     _short(config)
-    config.train.epochs = 60
-    config.train.eval_every = 15
+    config.train.epochs = 50
+    config.train.eval_every = 10
+    config.train.ema_decay = 0.998
 
 
 def _voc(config: ConfigDict) -> None:
