@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import tempfile
+import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,22 +42,43 @@ class Annotation:
 
 
 class Notes:
-    """Counts what was wrong, each thing once, however often it is met."""
+    """Counts what was wrong, each thing once, however often and in whichever process it is met.
+
+    A copy in another process writes what it meets into a folder that the original reads.
+    """
 
     def __init__(self) -> None:
         # Dicts as ordered sets: adding the same place twice, from any thread, changes nothing.
         self._places: dict[str, dict[tuple[str, int], None]] = {}
+        self._copies: tempfile.TemporaryDirectory[str] | None = None
+        self._file: pathlib.Path | None = None  # of a copy
 
     def add(self, what: str, picture: str, number: int = 0) -> None:
         """Counts `what` at a picture, or at the box `number` of it."""
-        self._places.setdefault(what, {})[picture, number] = None
+        places = self._places.setdefault(what, {})
+        if self._file and (picture, number) not in places:
+            with self._file.open('a', encoding='utf-8') as file:
+                file.write(json.dumps([what, picture, number]) + '\n')
+        places[picture, number] = None
 
     def lines(self) -> list[str]:
         """'boxes of no area, left out: 2 (the first in NAME)', one a kind."""
+        for path in sorted(pathlib.Path(self._copies.name).iterdir()) if self._copies else ():
+            for line in path.read_text(encoding='utf-8').splitlines():
+                self.add(*json.loads(line))
         return [
             f'{what}: {len(places):,} (the first in {next(iter(places))[0]})'
             for what, places in self._places.items()
         ]
+
+    def __getstate__(self) -> pathlib.Path:
+        if self._copies is None:
+            self._copies = tempfile.TemporaryDirectory(prefix='attention_jax-notes-')
+        return pathlib.Path(self._copies.name)
+
+    def __setstate__(self, folder: pathlib.Path) -> None:
+        Notes.__init__(self)
+        self._file = folder / f'{os.getpid()}-{uuid.uuid4().hex}.jsonl'
 
 
 def checked(

@@ -353,6 +353,22 @@ def test_mosaic_only_in_the_first_part_of_the_run(voc):
     assert detection.source(settings, 'train', train=True).mosaic_until == 0.7 * 50 * 2
 
 
+def test_what_other_processes_find_is_counted(voc):
+    picture = voc / 'JPEGImages' / 'two.jpg'
+    picture.write_bytes(picture.read_bytes()[:-20])  # opens, does not decode
+    settings = config(name=f'voc:{voc}', image_size=32, cache=False, workers=1)
+    source = detection.source(settings, 'train', train=False)
+    before = source.warnings()
+    assert len(source) == 2
+    assert not any('decode' in line for line in before)
+    for _ in range(2):
+        batches = list(data.eval_batches(source, settings.data, batch_size=2))
+        assert batches[0]['mask'].tolist() == [1, 0]
+    name = f'voc:{voc}, train'
+    wanted = 'do not decode, grey without boxes in training, not evaluated: 1 (the first in two)'
+    assert source.warnings() == [*before, f'{name}: pictures that {wanted}']
+
+
 @pytest.mark.parametrize('mosaic', [0.0, 1.0])
 def test_batches_depend_on_seed_and_number_alone(voc, mosaic):
     settings = config(name=f'voc:{voc}', image_size=32, mosaic=mosaic, mixup=0.5, mosaic_epochs=1)
