@@ -193,6 +193,22 @@ class CBAM(nn.Module):
         return self.SpatialGate(self.ChannelGate(x))
 
 
+class CoordinateAttention(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(8, channels // 32)
+        self.conv1, self.bn1 = nn.Conv2d(channels, hidden, 1), nn.BatchNorm2d(hidden)
+        self.conv_h = nn.Conv2d(hidden, channels, 1)
+        self.conv_w = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2, 3)
+        y = F.hardswish(self.bn1(self.conv1(torch.cat([rows, columns], 2))))
+        rows, columns = y.split([x.shape[2], x.shape[3]], 2)
+        gate = torch.sigmoid(self.conv_h(rows))
+        return x * gate * torch.sigmoid(self.conv_w(columns.transpose(2, 3)))
+
+
 class BAM(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -527,6 +543,7 @@ PLAIN: dict[str, Callable[..., nn.Module]] = {
     'cbam_channel': CBAMChannel,
     'cbam_spatial': CBAMSpatial,
     'cgnl': CGNL,
+    'coordinate': CoordinateAttention,
     'criss_cross': CrissCrossAttention,
     'cross_layer_non_local': CrossLayerNonLocal,
     'danet_head': DANetHead,
