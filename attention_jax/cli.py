@@ -487,7 +487,8 @@ def _add_predict(commands: Any) -> None:
         'predict',
         help='boxes on photos, by a network that was trained to detect',
         description='Writes DIR/NAME.png, the photo with boxes, names and scores, and '
-        'DIR/NAME.json, the same as numbers: (x1, y1, x2, y2) in pixels of the photo.',
+        'DIR/NAME.json, the same as numbers: (x1, y1, x2, y2) in pixels of the photo, upright as '
+        'its camera says.',
     )
     parser.set_defaults(run=_predict)
     parser.add_argument('workdir', metavar='WORKDIR', type=pathlib.Path, help='of a training run')
@@ -509,9 +510,10 @@ def _predict(options: argparse.Namespace) -> None:
     if twice:
         raise ValueError(f'two photos are called {twice[0]!r}: predict them into different folders')
 
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     import attention_jax
+    from attention_jax.data import annotations
     from attention_jax.tasks import prediction
     from attention_jax.training.workdir import read_config
 
@@ -527,8 +529,8 @@ def _predict(options: argparse.Namespace) -> None:
     failed = []
     for path in options.images:
         try:
-            photo = Image.open(path).convert('RGB')
-        except OSError as error:  # also Pillow's error for what is no picture
+            photo = ImageOps.exif_transpose(Image.open(path)).convert('RGB')
+        except annotations.BROKEN as error:
             failed.append(path)
             print(f'{path}: cannot be read: {error}', file=sys.stderr)
             continue

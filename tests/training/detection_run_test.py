@@ -107,6 +107,14 @@ def test_prediction_of_the_command_and_of_the_function_agree(finished, tmp_path,
     assert [row['class'] for row in report['boxes']] == [
         config.dataset.class_names[c] for c in found['classes']
     ]
+    lying = Image.open(photo).rotate(90, expand=True)  # and the camera says so: 6, turn clockwise
+    exif = lying.getexif()
+    exif[0x0112] = 6
+    lying.save(tmp_path / 'lying.png', exif=exif)
+    assert cli.main(['predict', str(workdir), str(tmp_path / 'lying.png'), *command[3:]]) == 0
+    again = json.loads((tmp_path / 'out/lying.json').read_text())
+    assert (again['width'], again['height']) == (200, 120)
+
     maps = attention_jax.attention_maps(model, variables, np.zeros((1, 64, 64, 3), np.float32))
     assert set(maps) == {f'{place}_attention' for place in ('feat1', 'feat2', 'upsampled')}
 
