@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.functional.normalization import batch_statistics, statistics_type
+from attention_jax.functional.normalization import batch_norm, normalize, statistics_type
 
 Initializer = Callable[..., jax.Array]
 Dtype = Any
@@ -240,25 +240,22 @@ class BatchNorm(nn.Module):
         scale = self.param('scale', self.scale_init, features, self.param_dtype)
         bias = self.param('bias', self.bias_init, features, self.param_dtype)
 
-        mean, var = running_mean.value, running_var.value
-        if train and not self.is_initializing():
-            count = math.prod(x.shape[:-1])
-            if count == 1:
-                raise ValueError(
-                    f'batch normalisation in training needs more than one value per channel, got '
-                    f'x of shape {x.shape}: use a larger batch, or train=False'
-                )
-            mean, var = batch_statistics(x, running_mean.value)
-            old, new = self.momentum, 1 - self.momentum
-            for running, value in (
-                (running_mean, mean),
-                (running_var, var * (count / (count - 1))),
-            ):
-                running.value = old * running.value + new * value.astype(running.value.dtype)
-
-        factor = jax.lax.rsqrt(var.astype(compute) + self.epsilon) * scale.astype(compute)
-        y = (x.astype(compute) - _last_axis(mean.astype(compute), x)) * _last_axis(factor, x)
-        return (y + _last_axis(bias.astype(compute), x)).astype(self.dtype or x.dtype)
+        dtype = self.dtype or x.dtype
+        if not train or self.is_initializing():
+            values = (running_mean.value, running_var.value, scale, bias)
+            y = normalize(x.astype(compute), *(v.astype(compute) for v in values), self.epsilon)
+            return y.astype(dtype)
+        count = math.prod(x.shape[:-1])
+        if count == 1:
+            raise ValueError(
+                f'batch normalisation in training needs more than one value per channel, got '
+                f'x of shape {x.shape}: use a larger batch, or train=False'
+            )
+        y, mean, var = batch_norm(x, scale, bias, shift=running_mean.value, epsilon=self.epsilon)
+        old, new = self.momentum, 1 - self.momentum
+        for running, value in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+            running.value = old * running.value + new * value.astype(running.value.dtype)
+        return y.astype(dtype)
 
 
 class StochasticDepth(nn.Module):
