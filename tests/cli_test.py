@@ -10,6 +10,7 @@ import pytest
 import attention_jax
 from attention_jax import cli
 from attention_jax.analysis import benchmark, compiled, markdown, mechanism_table, network_table
+from attention_jax.cli import printing
 from attention_jax.interop import files, pretrained, torch
 from tests import helpers
 
@@ -49,17 +50,19 @@ REPORT = {
 
 
 def test_help_and_errors_import_nothing_that_takes_time():
-    # By its path, so that what the package imports for its modules does not count.
+    # Beyond what the package imports for its modules.
     code = (
-        'import runpy, sys; sys.argv = ["attention-jax", *sys.argv[1:]]\n'
-        f'try: runpy.run_path({cli.__file__!r}, run_name="__main__")\n'
-        'except SystemExit as end: status = end.code\n'
-        'print(status, sorted({"jax", "flax", "numpy", "rich"} & set(sys.modules)))'
+        'import sys, attention_jax\n'
+        'before = set(sys.modules)\n'
+        'from attention_jax import cli\n'
+        'status = cli.main(sys.argv[1:])\n'
+        'parts = {name.rsplit(".", 1)[0] for name in set(sys.modules) - before}\n'
+        'heavy = {"rich", "grain", "orbax", "optax", "sklearn", "PIL"}\n'
+        'heavy |= {f"attention_jax.{part}" for part in ("analysis", "data", "interop", "tasks")}\n'
+        'print(status, sorted(heavy & {*parts, *sys.modules} - before))'
     )
-    helps = [
-        ('--help', 0),
-        *((f'{name} --help', 0) for name in ('table', 'benchmark', 'inspect', 'convert')),
-    ]
+    names = ('table', 'benchmark', 'inspect', 'convert', 'anchors', 'predict')
+    helps = [('--help', 0), *((f'{name} --help', 0) for name in names)]
     for arguments, status in (*helps, ('nothing', 2), ('', 2)):
         command = [sys.executable, '-c', code, *arguments.split()]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -121,7 +124,7 @@ def test_gathered_batch_is_shown(monkeypatch, capsys):
 
 def test_terminal_gets_tables(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
-    cli._print_tables({'Program': [('images', '[b, 3]', 'as given')]})
+    printing.tables({'Program': [('images', '[b, 3]', 'as given')]})
     out = capsys.readouterr().out
     assert '│' in out
     assert '[b, 3]' in out

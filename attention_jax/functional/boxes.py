@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention_jax.functional.broadcast import expand_to
 from attention_jax.functional.normalization import statistics_type
 
 SMALLEST = 1e-6  # what the union, the diagonal and the heights are clamped at from below
@@ -125,8 +126,8 @@ def from_letterbox(
         )
     boxes = boxes.astype(statistics_type(boxes.dtype))
     photo = shape[..., ::-1].astype(boxes.dtype)  # (w, h), as coordinates are
-    photo = photo.reshape((1,) * (boxes.ndim - photo.ndim) + photo.shape)
-    size = jnp.asarray(image_size[::-1], boxes.dtype).reshape((1,) * (boxes.ndim - 1) + (2,))
+    photo = expand_to(photo, boxes)
+    size = expand_to(jnp.asarray(image_size[::-1], boxes.dtype), boxes)
     # For each side the smaller of two quotients of whole numbers, so that halves round alike in
     # every precision.
     fits = [photo * size[..., i : i + 1] / photo[..., i : i + 1] for i in (0, 1)]

@@ -12,6 +12,7 @@ from jax import lax
 
 from attention_jax import checks
 from attention_jax.functional import cost
+from attention_jax.functional.broadcast import expand_to
 from attention_jax.functional.normalization import statistics_type
 
 
@@ -97,7 +98,7 @@ def _weights(
     for axis in range(spatial_dims):
         s = _lines('{own},{other}->{line}', axis, spatial_dims, query, key)
         if axis < spatial_dims - 1:
-            own = jnp.eye(s.shape[-1], dtype=bool).reshape((1,) * (s.ndim - 2) + s.shape[-2:])
+            own = expand_to(jnp.eye(s.shape[-1], dtype=bool), s)
             s = jnp.where(own, -jnp.inf, s)
         scores.append(s)
 

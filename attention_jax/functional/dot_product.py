@@ -23,6 +23,7 @@ from jax import lax
 
 from attention_jax import checks
 from attention_jax.functional import attention_kernels, cost
+from attention_jax.functional.broadcast import expand_to
 from attention_jax.functional.normalization import statistics_type
 
 SIMILARITIES = ('dot', 'cosine', 'gaussian')
@@ -200,7 +201,7 @@ def additive_attend(
 
     def block(q: jax.Array, key: jax.Array, value: jax.Array, weight: jax.Array) -> jax.Array:
         pairs = q.astype(compute)[..., :, None, :] + key.astype(compute)[..., None, :, :]
-        w = weight.astype(compute).reshape((1,) * (pairs.ndim - 1) + (d,))
+        w = expand_to(weight.astype(compute), pairs)
         p, total = _weights(kind, jnp.sum(act(pairs) * w, -1))
         return _dot('...nm,...me->...ne', p.astype(value.dtype), value) / total
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attention_jax.functional.broadcast import expand_to
+
 Normalized = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -60,13 +62,13 @@ def normalize(
 ) -> jax.Array:
     """Returns `(x - mean) * scale / sqrt(var + epsilon) + bias`, `[..., c]`; the others `[c]`."""
     factor = lax.rsqrt(var + epsilon) * scale
-    return (x - _rows(mean, x)) * _rows(factor, x) + _rows(bias, x)
+    return (x - expand_to(mean, x)) * expand_to(factor, x) + expand_to(bias, x)
 
 
 def _one_pass(
     x: jax.Array, scale: jax.Array, bias: jax.Array, shift: jax.Array | None, epsilon: float
 ) -> Normalized:
-    d = x if shift is None else x - _rows(shift, x)
+    d = x if shift is None else x - expand_to(shift, x)
     offset = d.mean(_axes(x))
     var = jnp.maximum(jnp.square(d).mean(_axes(x)) - jnp.square(offset), 0.0)
     mean = offset if shift is None else shift + offset
@@ -77,7 +79,7 @@ def _one_pass(
 def _two_passes(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> Normalized:
     axes = _axes(x)
     mean = x.mean(axes)
-    var = jnp.square(x - _rows(mean, x)).mean(axes)
+    var = jnp.square(x - expand_to(mean, x)).mean(axes)
     return normalize(x, mean, var, scale, bias, epsilon), mean, var
 
 
@@ -104,18 +106,14 @@ def _tangent(
 
     In its transpose each sum over x stands once, and x - mean is computed again, not kept.
     """
-    unit = (x - _rows(mean, x)) * _rows(rate, x)
+    unit = (x - expand_to(mean, x)) * expand_to(rate, x)
     level, slope = x_tangent.mean(_axes(x)), (unit * x_tangent).mean(_axes(x))
     factor = rate * scale
     along_unit = scale_tangent - factor * slope
     constant = bias_tangent - factor * level
-    y = _rows(factor, x) * x_tangent + _rows(along_unit, x) * unit + _rows(constant, x)
+    y = expand_to(factor, x) * x_tangent + expand_to(along_unit, x) * unit + expand_to(constant, x)
     return y, level, 2 * slope / rate
 
 
 def _axes(x: jax.Array) -> tuple[int, ...]:
     return tuple(range(x.ndim - 1))
-
-
-def _rows(v: jax.Array, x: jax.Array) -> jax.Array:
-    return v.reshape((1,) * (x.ndim - 1) + v.shape)

@@ -11,7 +11,9 @@ import numpy as np
 from jax import lax
 
 from attention_jax import checks
-from attention_jax.functional.conv import Ints, Pads, each_axis, pad_pairs
+from attention_jax.functional.broadcast import expand_to
+from attention_jax.functional.conv import each_axis, pad_pairs
+from attention_jax.functional.conv_forms import Ints, Pads
 from attention_jax.functional.normalization import statistics_type
 
 # Windows up to these many taps are sums or maxima of shifted slices; compile time grows with them.
@@ -136,7 +138,7 @@ def adaptive_avg_pool(x: jax.Array, size: int | Sequence[int]) -> jax.Array:
     )
     y = jnp.einsum('vw,...gwc->...gvc', columns.astype(wide), y, precision='highest')
     counts = (rows.sum(1)[:, None] * columns.sum(1))[..., None].astype(wide)
-    return (y / counts.reshape((1,) * (y.ndim - 3) + counts.shape)).astype(x.dtype)
+    return (y / expand_to(counts, y)).astype(x.dtype)
 
 
 def spatial_mean(x: jax.Array) -> jax.Array:

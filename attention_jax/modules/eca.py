@@ -10,6 +10,7 @@ from jax.nn import initializers
 
 from attention_jax import checks, functional
 from attention_jax.functional import cost
+from attention_jax.functional.broadcast import expand_to
 from attention_jax.modules.layers import (
     Conv,
     Dtype,
@@ -170,7 +171,7 @@ class _SharedWindow(nn.Module):
         v = _windows(y, kernel.reshape(1, k), self.pad)
         if self.use_bias:
             bias = self.param('bias', torch_bias(k), (1,), self.param_dtype)
-            v = v + bias.astype(v.dtype).reshape((1,) * v.ndim)
+            v = v + expand_to(bias.astype(v.dtype), v)
         return v
 
 

@@ -12,6 +12,7 @@ from jax.nn import initializers
 
 from attention_jax import checks, functional
 from attention_jax.functional import cost
+from attention_jax.functional.broadcast import expand_to
 from attention_jax.functional.normalization import statistics_type
 from attention_jax.modules.layers import (
     BatchNorm,
@@ -322,7 +323,7 @@ def _joined(x: jax.Array, layers: Sequence[Layer], *, epsilon: float) -> jax.Arr
         bias + product('e,geo->o', value_bias, outer),
     )
     y = functional.read_memory(x.reshape(-1, *x.shape[-3:]), key, value, epsilon).reshape(x.shape)
-    return y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + bias.shape)
+    return y + expand_to(bias.astype(x.dtype), x)
 
 
 def _heads_first(weights: jax.Array) -> jax.Array:
@@ -334,7 +335,7 @@ def _heads_first(weights: jax.Array) -> jax.Array:
 def _linear(x: jax.Array, layer: Layer) -> jax.Array:
     kernel, bias = layer
     y = functional.dense(x, kernel.astype(x.dtype))
-    return y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + bias.shape)
+    return y + expand_to(bias.astype(x.dtype), x)
 
 
 def _logits(x: jax.Array, key: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -344,7 +345,7 @@ def _logits(x: jax.Array, key: jax.Array, bias: jax.Array | None) -> jax.Array:
     logits = jnp.einsum('...c,ck->...k', x, key.astype(x.dtype), preferred_element_type=wide)
     if bias is None:
         return logits
-    return logits + bias.astype(wide).reshape((1,) * (x.ndim - 1) + bias.shape)
+    return logits + expand_to(bias.astype(wide), logits)
 
 
 def _normalized(

@@ -10,6 +10,7 @@ from jax.nn import initializers
 
 from attention_jax import checks, functional
 from attention_jax.functional import cost, covariance
+from attention_jax.functional.broadcast import expand_to
 from attention_jax.modules.layers import (
     BatchNorm,
     Conv,
@@ -269,4 +270,4 @@ class _RowConv(nn.Module):
         bias = self.param('bias', torch_bias(d), (d, e), self.param_dtype).astype(s.dtype)
         cost.add('macs', s.size * e)
         v = jnp.einsum('...ji,ijm->...im', s, kernel)
-        return v + bias.reshape((1,) * (v.ndim - 2) + bias.shape)
+        return v + expand_to(bias, v)

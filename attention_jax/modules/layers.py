@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
+from attention_jax.functional.broadcast import expand_to
 from attention_jax.functional.normalization import batch_norm, normalize, statistics_type
 
 Initializer = Callable[..., jax.Array]
@@ -146,7 +147,7 @@ class Dense(nn.Module):
         if self.use_bias:
             bias_init = self.bias_init or torch_bias(c)
             bias = self.param('bias', bias_init, (self.features,), self.param_dtype)
-            y = y + _last_axis(bias.astype(dtype), y)
+            y = y + expand_to(bias.astype(dtype), y)
         return y
 
 
@@ -199,7 +200,7 @@ class Conv(nn.Module):
         if self.use_bias:
             bias_init = self.bias_init or torch_bias(math.prod(shape[:-1]))
             bias = self.param('bias', bias_init, (self.features,), self.param_dtype)
-            y = y + _last_axis(bias.astype(dtype), y)
+            y = y + expand_to(bias.astype(dtype), y)
         return y
 
 
@@ -300,7 +301,7 @@ class LayerNorm(nn.Module):
         y = x.astype(compute)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        y = y * _last_axis(scale.astype(compute), x) + _last_axis(bias.astype(compute), x)
+        y = y * expand_to(scale.astype(compute), x) + expand_to(bias.astype(compute), x)
         return y.astype(self.dtype or x.dtype)
 
 
@@ -434,8 +435,3 @@ def logit_scale(scale: str | float | None, channels: int, hidden: int) -> float:
         checks.choice('scale', scale, ('hidden', 'input'))
         return (hidden if scale == 'hidden' else channels) ** -0.5
     return 1.0 if scale is None else float(scale)
-
-
-def _last_axis(v: jax.Array, x: jax.Array) -> jax.Array:
-    """V [c] with as many axes as x, so that nothing is promoted in silence."""
-    return v.reshape((1,) * (x.ndim - 1) + v.shape)

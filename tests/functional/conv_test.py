@@ -1,7 +1,6 @@
 """Convolutions against loops, their gradients against XLA's own, and what they do on a mesh."""
 
 import functools
-import importlib
 import itertools
 
 import jax
@@ -13,9 +12,8 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attention_jax.functional import conv, cost, dense
-
-module = importlib.import_module('attention_jax.functional.conv')  # the function has its name
+from attention_jax.functional import conv, conv_forms, cost, dense
+from attention_jax.functional.sharding import per_example
 
 
 def loops(x, kernel, strides, pads, dilation, groups):
@@ -130,7 +128,7 @@ def test_merged_groups_of_any_width(width, x64):
     x, kernel = arrays((1, 5, 4, 12), (3, 3, 2, 18))
     settings = ((2, 1), ((1, 1), (1, 0)), (1, 1), 6)
     names = dict(zip(('strides', 'pads', 'dilation', 'groups'), settings, strict=True))
-    merged = functools.partial(module._merged, **names, width=width, dense=module._lax)
+    merged = functools.partial(conv_forms.merged, **names, width=width, dense=conv_forms.plain)
     check(merged, x, kernel, *settings)
 
 
@@ -151,7 +149,7 @@ def test_blocks_of_rows(name, rows, x64, monkeypatch):
     x_shape, kernel_shape, strides, pads, dilation, groups = BLOCKED[name]
     x, kernel = arrays(x_shape, kernel_shape)
     y = loops(x, kernel, strides, pads, dilation, groups)
-    monkeypatch.setattr(module, '_CPU_BLOCK', rows * y[:, 0].nbytes // groups)
+    monkeypatch.setattr(conv_forms, '_CPU_BLOCK', rows * y[:, 0].nbytes // groups)
 
     def ours(x, kernel):
         return conv(x, kernel, strides=strides, padding=pads, dilation=dilation, groups=groups)
@@ -165,7 +163,7 @@ def test_blocks_of_rows(name, rows, x64, monkeypatch):
 
 def test_derivatives_of_any_order(x64, monkeypatch):
     """Forward mode, and the gradient of a gradient, with blocks of rows."""
-    monkeypatch.setattr(module, '_CPU_BLOCK', 1)
+    monkeypatch.setattr(conv_forms, '_CPU_BLOCK', 1)
     x, kernel, dx, dkernel = arrays((1, 4, 3, 2), (3, 3, 2, 2), (1, 4, 3, 2), (3, 3, 2, 2))
 
     def penalty(function):
@@ -205,7 +203,7 @@ def test_phases_of_stride_2(size, window, pads):
     if any(n + sum(p) < k for n, p, k in zip(size, pads, window, strict=True)):
         return
     x, kernel = arrays((1, *size, 2), (*window, 2, 3), dtype=np.float32)
-    y, back = jax.vjp(lambda x: module._phases(x, kernel, strides=(2, 2), pads=pads), x)
+    y, back = jax.vjp(lambda x: conv_forms.phases(x, kernel, strides=(2, 2), pads=pads), x)
     expected, reference = jax.vjp(lambda x: plain(x, kernel, (2, 2), pads, (1, 1), 1), x)
     np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5)
     np.testing.assert_allclose(*[f(expected)[0] for f in (back, reference)], rtol=0, atol=2e-4)
@@ -304,7 +302,7 @@ def test_dense(x64):
         y = dense(x.reshape(shape), kernel)
         assert y.shape == (*shape[:-1], 6)
         np.testing.assert_allclose(y.reshape(expected.shape), expected, rtol=0, atol=1e-13)
-    np.testing.assert_allclose(module._map_product(x, kernel), expected, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(conv_forms.map_product(x, kernel), expected, rtol=0, atol=1e-13)
     np.testing.assert_allclose(dense(x[0, 0, 0], kernel), expected[0, 0, 0], rtol=0, atol=1e-13)
     gradient = jax.grad(lambda k: (dense(x, k) ** 2).sum())(kernel)
     np.testing.assert_allclose(
@@ -352,7 +350,7 @@ def test_a_sharded_batch_stays_where_it_is(set_mesh):
     def accelerator(weights, x):
         """The wrapper that a GPU's branch has, on the CPU's devices."""
         names = {'strides': (1, 1), 'pads': ((1, 1), (1, 1)), 'dilation': (1, 1), 'groups': 4}
-        grouped = module.per_example(lambda x, k: module._lax(x, k, **names))
+        grouped = per_example(lambda x, k: conv_forms.plain(x, k, **names))
         return jnp.square(grouped(x, weights['grouped'])).mean()
 
     functions = [loss, accelerator] if set_mesh else [loss]
@@ -382,7 +380,7 @@ def test_per_example_falls_back():
     """One example on eight devices, and code that already runs on its part, are left alone."""
     mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
     x, w = arrays((8, 3), (3, 2), dtype=np.float32)
-    product = module.per_example(jnp.matmul)
+    product = per_example(jnp.matmul)
     inside = jax.shard_map(
         product, mesh=mesh, in_specs=(PartitionSpec('data'), PartitionSpec()),
         out_specs=PartitionSpec('data'),

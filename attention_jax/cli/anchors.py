@@ -1,0 +1,50 @@
+"""`attention-jax anchors`: sizes of boxes that stand for those of a data set."""
+
+import argparse
+import sys
+import types
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """Adds the subcommand to `commands`, of argparse."""
+    parser = commands.add_parser(
+        'anchors',
+        help='sizes of boxes that stand for those of a data set',
+        description='Groups the boxes of a data set by k-means with the distance 1 - IoU of their '
+        'sizes, on pictures letterboxed to the input size, and prints the medians by rising area.',
+    )
+    parser.set_defaults(run=_run)
+    parser.add_argument(
+        'dataset',
+        metavar='DATASET',
+        help='digit_scenes, voc:PATH, coco:PATH, or a prepared TFDS name such as voc/2007',
+    )
+    parser.add_argument('--split', default='train', help='%(default)s')
+    parser.add_argument('--data-dir', metavar='DIR', help='where TFDS finds it')
+    parser.add_argument('--size', type=int, metavar='PIXELS', help="a side; the data set's, or 416")
+    parser.add_argument('--number', type=int, default=6, metavar='K', help='%(default)s')
+    parser.add_argument('--seed', type=int, default=0, help='of the first centres; %(default)s')
+
+
+def _run(options: argparse.Namespace) -> None:
+    from attention_jax.data import anchors, detection
+
+    config = types.SimpleNamespace(
+        data=types.SimpleNamespace(
+            name=options.dataset, data_dir=options.data_dir, image_size=options.size
+        ),
+        detection=types.SimpleNamespace(max_boxes=1),  # of a training example
+    )
+    source = detection.source(config, options.split, train=False)
+    sizes = source.box_sizes()
+    found = anchors.kmeans(sizes, options.number, options.seed)
+    best = anchors.overlap(sizes, found).max(-1)
+    print(
+        f'{len(sizes):,} boxes of {len(source):,} pictures; mean IoU with the best anchor', end=''
+    )
+    print(f' {best.mean():.4f}')
+    listed = ''.join(f'({round(w)}, {round(h)}), ' for w, h in found)
+    print(f'--config.detection.anchors="({listed.rstrip()})"')
+    for line in source.warnings():
+        print(line, file=sys.stderr)
