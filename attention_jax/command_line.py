@@ -20,7 +20,8 @@ def run(command: Callable[[], Any]) -> int:
     """Calls `command` and returns the exit status.
 
     A ValueError raised by this repository is about what the user gave: one line and 2. One raised
-    inside a library is a bug, and keeps its traceback. A run whose numbers are not finite gives one
+    inside a library is a bug, and keeps its traceback. A file that the system refuses to read or
+    write gives one line and 2. A run whose numbers are not finite gives one
     line and 1, an interrupted one 130.
     """
     try:
@@ -32,6 +33,10 @@ def run(command: Callable[[], Any]) -> int:
         if not raised_in.resolve().is_relative_to(pathlib.Path(__file__).resolve().parents[1]):
             raise
         return _fail(error, 2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f'{error.filename}: {error.strerror}', 2)
     except FloatingPointError as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -121,6 +126,6 @@ def _suggest(given: str, known: Mapping[str, str]) -> str:
     return f', did you mean {" or ".join(close)}?' if close else ''
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(error: Exception | str, status: int) -> int:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)
     return status

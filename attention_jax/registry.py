@@ -232,7 +232,7 @@ def _load() -> None:
 def _find(entries: Mapping[str, Any], kind: str, name: str) -> Any:
     if name in entries:
         return entries[name]
-    close = difflib.get_close_matches(str(name), entries, n=3)
+    close = difflib.get_close_matches(str(name).lower(), entries, n=3)
     hint = f'did you mean {" or ".join(close)}?' if close else 'there is none like it.'
     listing = 'list_attention()' if kind == 'attention' else 'list_models()'
     raise ValueError(f'{kind} {name!r} is not registered: {hint} {listing} has all names')

@@ -45,7 +45,8 @@ def defaults() -> ConfigDict:
             data_dir=placeholder(str),  # where TFDS finds it; None: ~/tensorflow_datasets
             split='train',  # examples to train on; slices work: train[:90%]
             test_split='test',  # examples to evaluate on, each counted once
-            image_size=placeholder(int),  # pixels a side, square; None: the dataset's own, or 224
+            # pixels a side, for boxes also (h, w); None: the dataset's own, or 224, for boxes 416
+            image_size=placeholder(object),
             # none, pad_crop, pad_crop_flip, random_resized_crop; for boxes random_scale; or auto
             augment='auto',
             workers=0,  # processes that decode what is not in memory; 0: threads of this one

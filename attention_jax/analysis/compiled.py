@@ -409,18 +409,24 @@ def _describe_data(config: Any) -> tuple[Any, str]:
 
     entry = registry.model_entry(config.model.name)
     note = ''
+
+    def classes(described: Any) -> int:
+        return config.model.num_classes or described.num_classes
+
     if config.data.name:
         if config.data.name != 'digits':
             config.data.cache = False  # nothing is read but what the data set says of itself
         try:
-            return open_source(config, config.data.split).description, note
+            description = open_source(config, config.data.split).description
+            return dataclasses.replace(description, num_classes=classes(description)), note
         except ValueError:
             note = f'data set {config.data.name} is not here: images as the network is counted with'
-    size = config.data.image_size
+    size = config.data.image_size or entry.input_size
+    size = (size, size) if isinstance(size, int) else size
     description = data.Description(
         name=config.data.name or '',
-        image_shape=(*((size, size) if size else entry.input_size), 3),
-        num_classes=entry.num_classes,
+        image_shape=(*size, 3),
+        num_classes=classes(entry),
         class_names=(),
         splits={},
         mean=(0.5,) * 3,

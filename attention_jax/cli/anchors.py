@@ -32,12 +32,15 @@ def _run(options: argparse.Namespace) -> None:
 
     config = types.SimpleNamespace(
         data=types.SimpleNamespace(
-            name=options.dataset, data_dir=options.data_dir, image_size=options.size
+            name=options.dataset, data_dir=options.data_dir, image_size=options.size, cache=False
         ),
         detection=types.SimpleNamespace(max_boxes=1),  # of a training example
     )
     source = detection.source(config, options.split, train=False)
     sizes = source.box_sizes()
+    if not len(sizes):
+        reasons = '; '.join(source.warnings()) or 'its pictures have none'
+        raise ValueError(f'no box is left in {options.split!r} of {options.dataset!r}: {reasons}')
     found = anchors.kmeans(sizes, options.number, options.seed)
     best = anchors.overlap(sizes, found).max(-1)
     print(
@@ -45,6 +48,8 @@ def _run(options: argparse.Namespace) -> None:
     )
     print(f' {best.mean():.4f}')
     listed = ''.join(f'({round(w)}, {round(h)}), ' for w, h in found)
-    print(f'--config.detection.anchors="({listed.rstrip()})"')
+    middle = len(found) // 2  # the larger half at stride 32, the smaller one at stride 16
+    masks = (tuple(range(middle, len(found))), tuple(range(middle or 1)))
+    print(f'--config.detection.anchors="({listed.rstrip()})" --config.detection.masks="{masks}"')
     for line in source.warnings():
         print(line, file=sys.stderr)

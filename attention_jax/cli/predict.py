@@ -31,12 +31,21 @@ def _run(options: argparse.Namespace) -> None:
         if not 0 <= getattr(options, name) <= 1:
             option = f'--{name.replace("_", "-")}'
             raise ValueError(f'{option} must be in 0 to 1, got {getattr(options, name)}')
+    output = options.output
+    if output.exists() and not output.is_dir():
+        raise ValueError(f'--output {output} is a file: give a folder')
+    beside = [image for image in options.images if image.parent.resolve() == output.resolve()]
+    if beside:
+        raise ValueError(
+            f'--output {output} is the folder of photo {beside[0]}, which could be overwritten: '
+            'give another'
+        )
     stems = [image.stem for image in options.images]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
         raise ValueError(f'two photos are called {twice[0]!r}: predict them into different folders')
 
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     import attention_jax
     from attention_jax.data import annotations
@@ -48,14 +57,15 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError(f'workdir {options.workdir} holds a run of {config.task}, not detection')
     missing = [image for image in options.images if not image.is_file()]
     if missing:
-        raise ValueError(f'photo {missing[0]} is not there')
+        what = 'a folder: give the photos in it' if missing[0].is_dir() else 'not there'
+        raise ValueError(f'photo {missing[0]} is {what}')
     model, variables, config = attention_jax.load(options.workdir)
     names = config.dataset.class_names
-    options.output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     failed = []
     for path in options.images:
         try:
-            photo = ImageOps.exif_transpose(Image.open(path)).convert('RGB')
+            photo = prediction.upright(Image.open(path))
         except annotations.BROKEN as error:
             failed.append(path)
             print(f'{path}: cannot be read: {error}', file=sys.stderr)
@@ -77,10 +87,10 @@ def _run(options: argparse.Namespace) -> None:
                 found['boxes'], found['classes'], found['scores'], strict=True
             )
         ]
-        target = options.output / f'{path.stem}.png'
+        target = output / f'{path.stem}.png'
         prediction.draw(photo, found, names).save(target)
         report = {'image': str(path), 'width': photo.width, 'height': photo.height, 'boxes': rows}
         target.with_suffix('.json').write_text(json.dumps(report, indent=2) + '\n')
-        print(f'{path}: {len(rows)} boxes: {target}')
+        print(f'{path}: {len(rows)} boxes above {options.score_threshold:g}: {target}')
     if failed:
         raise ValueError(f'{len(failed)} of {len(options.images)} photos could not be read')

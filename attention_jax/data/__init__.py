@@ -5,7 +5,13 @@ TFDS, grain nor scikit-learn; the functions do when they are called.
 """
 
 from attention_jax.data.labelled import Description, Source
-from attention_jax.data.loader import EvalBatches, Examples, eval_batches, train_batches
+from attention_jax.data.loader import (
+    EvalBatches,
+    Examples,
+    eval_batches,
+    number_of_steps,
+    train_batches,
+)
 from attention_jax.data.sources import source
 
 __all__ = [
@@ -14,6 +20,7 @@ __all__ = [
     'Examples',
     'Source',
     'eval_batches',
+    'number_of_steps',
     'source',
     'train_batches',
 ]

@@ -23,7 +23,8 @@ def kmeans(sizes: np.ndarray, k: int = 6, seed: int = 0) -> np.ndarray:
         float64 [k, 2], by rising area.
 
     Raises:
-        ValueError: sizes that are not [n, 2] and positive, or fewer different ones than `k`.
+        ValueError: sizes that are not [n, 2] and positive, or fewer different ones than `k`; or a
+            negative seed.
     """
     sizes = np.asarray(sizes, np.float64)
     if sizes.ndim != 2 or sizes.shape[1] != 2:
@@ -35,6 +36,8 @@ def kmeans(sizes: np.ndarray, k: int = 6, seed: int = 0) -> np.ndarray:
         raise ValueError(
             f'k {k} must be from 1 to the number of different sizes, which is {len(different)}'
         )
+    if seed < 0:
+        raise ValueError(f'seed {seed} must be at least 0')
     rng = np.random.default_rng(seed)
     best, best_fit = sizes, -1.0
     for _ in range(_STARTS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -17,7 +18,9 @@ import numpy as np
 from PIL import Image
 
 # What Pillow raises for a file that is not a picture, or is not a whole one.
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+BROKEN = (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError)
+# What ElementTree raises for a file that is not XML, or is in an encoding that it does not know.
+_NO_XML = (ET.ParseError, ValueError, LookupError)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,8 +103,8 @@ def checked(
         classes: [m], -1 for a class that the list does not have.
         ignore: [m].
         notes: counts what is left out or changed: boxes of an unknown class, not of finite
-            numbers, inverted, of no area, outside the picture; and those that reached more than a
-            pixel beyond it.
+            numbers, inverted, of no area, outside the picture, in its first pixel; and those that
+            reached more than a pixel beyond it.
     """
     h, w = shape
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
@@ -115,6 +118,7 @@ def checked(
         ('inverted boxes, left out', (sides < 0).any(1)),
         ('boxes of no area, left out', (sides == 0).any(1)),
         ('boxes outside the picture, left out', (left <= 0).any(1)),
+        ('boxes in 0 to 1 instead of pixels, left out', (inside[:, 2:] <= 1).all(1)),
     )
     good = np.ones(len(boxes), bool)
     for what, bad in wrong:
@@ -130,7 +134,7 @@ def checked(
 def voc_splits(setting: str, folder: pathlib.Path) -> dict[str, list[str]]:
     """The splits of a Pascal VOC folder: ImageSets/Main/SPLIT.txt, a picture's name a line.
 
-    Lists of a single class (two columns) are not splits.
+    Lists of a single class (a name and 1, 0 or -1 a line) are not splits.
 
     Raises:
         ValueError: the folder is not one of Pascal VOC.
@@ -145,9 +149,10 @@ def voc_splits(setting: str, folder: pathlib.Path) -> dict[str, list[str]]:
         )
     splits = {}
     for path in sorted((folder / 'ImageSets' / 'Main').glob('*.txt')):
-        rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
-        if not rows or len(rows[0]) == 1:
-            splits[path.stem] = list(dict.fromkeys(row[0] for row in rows))
+        names = _lines(setting, path)
+        columns = [name.split() for name in names]
+        if not names or not all(len(c) == 2 and c[1] in ('-1', '0', '1') for c in columns):
+            splits[path.stem] = list(dict.fromkeys(names))
     if not splits:
         raise ValueError(
             f'data.name {setting!r}: {str(folder / "ImageSets" / "Main")!r} holds no list of '
@@ -163,7 +168,7 @@ def voc_classes(setting: str, folders: Sequence[pathlib.Path]) -> tuple[str, ...
         ValueError: none, or a name twice; or the folders list different ones.
     """
     lists = [
-        [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        _lines(setting, path)
         for path in (folder / 'classes.txt' for folder in folders)
         if path.is_file()
     ]
@@ -177,7 +182,7 @@ def voc_classes(setting: str, folders: Sequence[pathlib.Path]) -> tuple[str, ...
         return tuple(lists[0])
     found = set()
     for path in (path for folder in folders for path in folder.glob('Annotations/*.xml')):
-        with contextlib.suppress(ET.ParseError):  # said when its split is read
+        with contextlib.suppress(*_NO_XML):  # said when its split is read
             found.update(_name(item) for item in ET.parse(path).getroot().findall('object'))
     found.discard('')
     if not found:
@@ -195,14 +200,21 @@ def voc(
 
     Args:
         folder: of Pascal VOC.
-        names: of pictures, without ending.
+        names: of pictures, with or without ending.
         class_names: known classes.
         notes: counts what is left out.
     """
-    files = {path.stem: path for path in sorted((folder / 'JPEGImages').iterdir())}
+    kinds = Image.registered_extensions()  # what else lies beside a picture is none
+    files = {
+        path.stem: path
+        for path in sorted((folder / 'JPEGImages').iterdir())
+        if path.suffix.lower() in kinds
+    }
     numbers = {name: i for i, name in enumerate(class_names)}
     annotations = []
-    for name in names:
+    for listed in names:
+        ending = pathlib.PurePath(listed).suffix.lower() in kinds
+        name = pathlib.PurePath(listed).stem if ending and listed not in files else listed
         path, written = files.get(name), folder / 'Annotations' / f'{name}.xml'
         if path is None:
             notes.add('pictures that are not there, left out', name)
@@ -218,9 +230,12 @@ def voc(
         except OSError:
             notes.add('pictures without annotation file, left out', name)
             continue
-        except ET.ParseError:
+        except _NO_XML:
             notes.add('pictures whose annotation does not parse, left out', name)
             continue
+        sides = tuple(_number(root.findtext(f'size/{key}')) for key in ('height', 'width'))
+        if min(sides) > 0 and sides != shape:
+            notes.add('annotations of another size than the stored picture has', name)
         items = root.findall('object')
         annotations.append(
             checked(
@@ -234,6 +249,15 @@ def voc(
             )
         )
     return annotations
+
+
+def _lines(setting: str, path: pathlib.Path) -> list[str]:
+    """The lines of a text file that hold something."""
+    try:
+        lines = path.read_text(encoding='utf-8-sig').splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'data.name {setting!r}: {str(path)!r} is not UTF-8: {error}') from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _name(item: ET.Element) -> str:
@@ -309,8 +333,8 @@ def coco_categories(setting: str, document: Mapping[str, Any]) -> dict[int, str]
 
 def coco(
     folder: pathlib.Path,
-    images: Sequence[Mapping[str, Any]],
-    items: Sequence[Mapping[str, Any]],
+    document: Mapping[str, Any],
+    chosen: slice,
     categories: Sequence[int],
     notes: Notes,
 ) -> list[Annotation]:
@@ -318,39 +342,53 @@ def coco(
 
     Args:
         folder: of the pictures.
-        images: some of 'images', in order.
-        items: all of 'annotations'; those of other images are passed over.
+        document: of `coco_document`.
+        chosen: which of its 'images'.
         categories: the ids, in the order of the classes.
         notes: counts what is left out.
     """
     numbers = {category: i for i, category in enumerate(categories)}
-    of_image: dict[Any, list[Mapping[str, Any]]] = {image.get('id'): [] for image in images}
-    for item in items:
-        of_image.get(item.get('image_id'), []).append(item)
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    of_image: dict[int | str, list[Mapping[str, Any]]] = {
+        _id(image.get('id')): [] for image in document['images'] if isinstance(image, dict)
+    }
+    for number, item in enumerate(document['annotations']):
+        own = of_image.get(_id(item.get('image_id'))) if isinstance(item, dict) else None
+        if own is None:
+            notes.add('annotations of no picture, left out', folder.name, number)
+        else:
+            own.append(item)
     annotations = []
-    for image in images:
+    for number, image in enumerate(document['images'][chosen]):
+        if not isinstance(image, dict):
+            notes.add('pictures without name, left out', folder.name, number)
+            continue
         name = str(image.get('file_name'))
         h, w = (_number(image.get(key)) for key in ('height', 'width'))
-        if name not in there:
+        if not (folder / name).is_file():
             notes.add('pictures that are not there, left out', name)
             continue
-        if not (h >= 1 and w >= 1):
+        if not (1 <= h < math.inf and 1 <= w < math.inf):
             notes.add('pictures without width and height, left out', name)
             continue
-        own = of_image[image.get('id')]
+        own = of_image[_id(image.get('id'))]
         annotations.append(
             checked(
                 name,
                 str(folder / name),
                 (int(h), int(w)),
                 [_coco_corners(item.get('bbox')) for item in own],
-                [numbers.get(item.get('category_id'), -1) for item in own],
+                [numbers.get(_id(item.get('category_id')), -1) for item in own],
                 [item.get('iscrowd') == 1 for item in own],
                 notes,
             )
         )
     return annotations
+
+
+def _id(value: Any) -> int | str:
+    """An id as a key: a number and its text are the same one."""
+    text = str(value)
+    return int(text) if text.isdecimal() else text
 
 
 def _coco_corners(bbox: Any) -> list[float]:

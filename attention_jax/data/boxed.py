@@ -69,6 +69,8 @@ def open_split(config: Any, split: str, notes: Notes, *, train: bool) -> Opened:
         return _scenes(split, notes)
     if kind in opening:
         return opening[kind](config, name, path, split, notes)
+    if pathlib.Path(name).expanduser().is_dir() and not path:
+        raise ValueError(f"data.name {name!r} is a folder: write 'voc:{name}' or 'coco:{name}'")
     return _tfds(config, name, split, notes, train=train)
 
 
@@ -128,7 +130,8 @@ def _coco(config: Any, name: str, path: str, split: str, notes: Notes) -> Opened
     unknown = [part for part in parts if part not in files]
     if unknown:
         raise ValueError(
-            f'data.split {split!r}: {name!r} has no {unknown[0]!r}; it has {", ".join(files)}'
+            f'data.split {split!r}: {name!r} has no {unknown[0]!r}; it has {", ".join(files)}: '
+            'choose by data.split and data.test_split'
         )
     documents = {part: annotations.coco_document(name, files[part]) for part in parts}
     categories = [annotations.coco_categories(name, d) for d in documents.values()]
@@ -138,11 +141,7 @@ def _coco(config: Any, name: str, path: str, split: str, notes: Notes) -> Opened
     found = []
     for key, low, high in sources.split_ranges(name, split, splits):
         found += annotations.coco(
-            folder / key,
-            documents[key]['images'][low:high],
-            documents[key]['annotations'],
-            list(categories[0]),
-            notes,
+            folder / key, documents[key], slice(low, high), list(categories[0]), notes
         )
     return _from_files(config, name, split, tuple(categories[0].values()), splits, found, notes)
 
@@ -176,7 +175,7 @@ def _tfds(config: Any, name: str, split: str, notes: Notes, *, train: bool) -> O
     """A prepared TFDS data set; its annotations are read with the pictures, when asked for."""
     import tensorflow_datasets as tfds
 
-    builder = prepared.open_builder(name, getattr(config.data, 'data_dir', None))
+    builder = prepared.open_builder(name, getattr(config.data, 'data_dir', None), SCENES)
     image, label, ignored = _objects(name, builder.info.features)
     splits = {key: info.num_examples for key, info in builder.info.splits.items()}
     sources.split_ranges(name, split, splits)
@@ -243,7 +242,7 @@ def _from_file(
     annotation = found[index]
     try:
         with Image.open(annotation.path) as file:
-            picture = file.convert('RGB')
+            picture = transforms.convert(file)
     except annotations.BROKEN:
         notes.add(_BROKEN, annotation.name)
         return None, annotation

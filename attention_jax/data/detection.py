@@ -11,6 +11,7 @@ from PIL import Image
 
 from attention_jax.data import box_transforms, boxed, scenes, transforms
 from attention_jax.data.annotations import Annotation, Notes
+from attention_jax.data.loader import number_of_steps
 
 AUGMENTATIONS = ('none', 'random_scale')
 _DEFAULT_SIZE = 416
@@ -84,10 +85,7 @@ class Source:
         return self.count
 
     def warnings(self) -> list[str]:
-        """What was left out of the data so far and why, counted, a line each.
-
-        What other processes (`data.workers`) find while they decode is not in it.
-        """
+        """What was left out of the data so far and why, counted, a line each."""
         where = f'{self.description.name}, {self.split}'
         return [f'{where}: {line}' for line in self.notes.lines()]
 
@@ -280,7 +278,7 @@ def source(config: Any, split: str, *, train: bool) -> Source:
         scale=_scale(config),
         mosaic=mosaic,
         mixup=mixup,
-        mosaic_until=share * _run_length(config, opened.count) if train else 0.0,
+        mosaic_until=share * _run_length(config.train, opened.count) if train else 0.0,
     )
 
 
@@ -334,9 +332,6 @@ def _scale(config: Any) -> tuple[float, float]:
     return low, high
 
 
-def _run_length(config: Any, count: int) -> int:
+def _run_length(train_config: Any, count: int) -> int:
     """Number of training examples of the whole run."""
-    batch_size = config.train.batch_size
-    return batch_size * (
-        config.train.steps or max(1, round(config.train.epochs * count / batch_size))
-    )
+    return train_config.batch_size * number_of_steps(train_config, count)

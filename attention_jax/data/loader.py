@@ -100,7 +100,8 @@ def train_batches(
     if batch_size > len(source):
         raise ValueError(
             f'train.batch_size {batch_size} is larger than the split {source.split!r} of '
-            f'{source.description.name!r}, which has {len(source)} examples'
+            f'{source.description.name!r}, which has {len(source)} examples: '
+            'lower it'
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f'train.seed {seed!r} must be a whole number from 0 to 2**32 - 1')
@@ -118,6 +119,12 @@ def train_batches(
         examples = order.random_map(source.train_example)
         batches = examples[share].batch(local, drop_remainder=True)
     return _iterate(batches, source, _workers(data_config))
+
+
+def number_of_steps(train_config: Any, examples: int) -> int:
+    """Batches of a whole run: `train.steps`, else as many as make `train.epochs` of `examples`."""
+    wanted = train_config.epochs * examples / train_config.batch_size
+    return train_config.steps or max(1, round(wanted))
 
 
 @dataclasses.dataclass(frozen=True)

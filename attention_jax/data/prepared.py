@@ -18,8 +18,14 @@ import numpy as np
 from attention_jax.data import transforms
 
 
-def open_builder(name: str, data_dir: str | None) -> Any:
-    """The TFDS builder of data that is there, or a ValueError that says what to do."""
+def open_builder(name: str, data_dir: str | None, embedded: str) -> Any:
+    """The TFDS builder of data that is there, or a ValueError that says what to do.
+
+    Args:
+        name: as TFDS has it.
+        data_dir: where it looks, or None for its default.
+        embedded: the name that is known beside TFDS's, for messages.
+    """
     import tensorflow_datasets as tfds
 
     if data_dir is not None:
@@ -34,10 +40,10 @@ def open_builder(name: str, data_dir: str | None) -> Any:
     except ImportError:  # its builder needs more than reading does, so it was not prepared here
         raise ValueError(_not_prepared(name, data_dir)) from None
     except tfds.core.DatasetNotFoundError:
-        close = ' or '.join(map(repr, _similar(base_name(name))))
+        close = ' or '.join(map(repr, _similar(base_name(name), embedded)))
         hint = f'did you mean {close}?' if close else 'none is similar'
         raise ValueError(
-            f"data.name {name!r} is neither 'digits' nor a TFDS data set; {hint} "
+            f'data.name {name!r} is neither {embedded!r} nor a TFDS data set; {hint} '
             '(https://www.tensorflow.org/datasets/catalog lists them)'
         ) from None
     except (ValueError, AssertionError, RuntimeError) as error:  # a config or version not there
@@ -59,11 +65,11 @@ def open_builder(name: str, data_dir: str | None) -> Any:
     return builder
 
 
-def _similar(name: str) -> list[str]:
+def _similar(name: str, embedded: str) -> list[str]:
     """Names that may have been meant: spelt alike, or beginning with what was given."""
     import tensorflow_datasets as tfds
 
-    known = ['digits', *tfds.list_builders(with_community_datasets=False)]
+    known = [embedded, *tfds.list_builders(with_community_datasets=False)]
     name = name.lower()
     close = difflib.get_close_matches(name, known, n=3)
     longer = [other for other in known if other.startswith(name) and other not in close]

@@ -115,7 +115,7 @@ def _tfds(data_config: Any, name: str, split: str, preprocessing: Any) -> Source
     """A prepared TFDS data set through its random-access reader, which needs no TensorFlow."""
     import tensorflow_datasets as tfds
 
-    builder = prepared.open_builder(name, getattr(data_config, 'data_dir', None))
+    builder = prepared.open_builder(name, getattr(data_config, 'data_dir', None), 'digits')
     image, label = prepared.image_and_label(name, builder.info.features)
     splits = {key: info.num_examples for key, info in builder.info.splits.items()}
     ranges = split_ranges(name, split, splits)
@@ -186,7 +186,8 @@ def split_ranges(name: str, split: str, splits: Mapping[str, int]) -> list[tuple
         unknown = [part for part in parts if part not in splits and part != 'all']
         if unknown:
             raise ValueError(
-                f'data.split {split!r}: {name!r} has no {unknown[0]!r}; it has {there}'
+                f'data.split {split!r}: {name!r} has no {unknown[0]!r}; it has {there}: choose '
+                'by data.split and data.test_split'
             )
         import tensorflow_datasets as tfds  # only for slices: digits alone does not need it
 

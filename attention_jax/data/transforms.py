@@ -30,7 +30,20 @@ def to_picture(data: bytes | np.ndarray, channels: int) -> Image.Image:
     """
     if isinstance(data, np.ndarray):
         return Image.fromarray(data[..., 0] if channels == 1 else data)
-    return Image.open(io.BytesIO(data)).convert(_MODES[channels])
+    return convert(Image.open(io.BytesIO(data)), _MODES[channels])
+
+
+def convert(picture: Image.Image, mode: str = 'RGB') -> Image.Image:
+    """Converts a picture of any file to 8 bits a channel; of 16 bits the upper eight are kept.
+
+    Raises:
+        ValueError: floating point or 32 bits a pixel, whose black and white are not known.
+    """
+    if picture.mode in ('I', 'F'):
+        raise ValueError(f'a picture of mode {picture.mode!r} has no known range of brightness')
+    if picture.mode.startswith('I;16'):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture.convert(mode)
 
 
 def to_array(picture: Image.Image) -> np.ndarray:

@@ -79,18 +79,26 @@ def from_timm(config: Mapping[str, Any]) -> Preprocessing:
 
 def from_dataset(dataset: Mapping[str, Any]) -> Preprocessing:
     """Reads the group `dataset` of a work directory's config.json."""
+    size = tuple(dataset['image_shape'][:2])
+    if 'mean' not in dataset:  # one of boxes
+        return _pixels(size)
     return Preprocessing(
         mean=tuple(dataset['mean']),
         std=tuple(dataset['std']),
         crop=dataset['crop'],
         interpolation=dataset['interpolation'],
-        input_size=tuple(dataset['image_shape'][:2]),
+        input_size=size,
     )
 
 
 def default(entry: registry.ModelEntry) -> Preprocessing:
     """What is usual for a network where its weights do not say: bicubic if it is timm's."""
-    if entry.family in ('darknet', 'yolo'):  # pixels over 255
-        return Preprocessing((0.0,) * 3, (1.0,) * 3, 1.0, 'bicubic', tuple(entry.input_size))
+    if entry.family in ('darknet', 'yolo'):
+        return _pixels(tuple(entry.input_size))
     interpolation = 'bicubic' if 'timm' in entry.paper else 'bilinear'
     return Preprocessing(interpolation=interpolation, input_size=tuple(entry.input_size))
+
+
+def _pixels(input_size: tuple[int, int]) -> Preprocessing:
+    """Whole pictures, pixels over 255: what networks that detect take."""
+    return Preprocessing((0.0,) * 3, (1.0,) * 3, 1.0, 'bicubic', input_size)

@@ -89,17 +89,17 @@ class YOLOv4Tiny(nn.Module):
         super().__post_init__()
         check_width(self.width)
         checks.at_least('num_classes', self.num_classes, 0)
-        if not self.anchors or not all(len(a) == 2 and min(a) > 0 for a in self.anchors):
+        pairs = np.ndim(self.anchors) == 2 and np.shape(self.anchors)[1] == 2
+        if not pairs or not all(min(a) > 0 for a in self.anchors):
             raise ValueError(
                 f'anchors must be pairs (width, height) of positive pixels, got {self.anchors}'
             )
-        numbers = [number for mask in self.masks for number in mask]
-        if len(self.masks) != 2 or not all(self.masks):
+        if len(self.masks) != 2 or not all(np.ndim(mask) == 1 and len(mask) for mask in self.masks):
             raise ValueError(
                 f'masks must be two sequences of anchors, of stride 32 and of stride 16, got '
                 f'{self.masks}'
             )
-        if not all(0 <= number < len(self.anchors) for number in numbers):
+        if not all(0 <= n < len(self.anchors) for mask in self.masks for n in mask):
             raise ValueError(
                 f'masks must hold numbers of anchors, 0 to {len(self.anchors) - 1}, got '
                 f'{self.masks}'

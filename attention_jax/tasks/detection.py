@@ -212,11 +212,11 @@ def samples(
 ) -> dict[str, np.ndarray]:
     """Returns the first photos of a batch with the boxes that were detected in them."""
     drawn = {}
-    for i in range(min(_SAMPLES, int((batch['mask'] > 0).sum()))):
+    for number, i in enumerate(np.flatnonzero(batch['mask'] > 0)[:_SAMPLES]):
         shown = measured['scores'][i] >= _SAMPLE_SCORE
         photo = box_transforms.undo_letterbox(batch['image'][i], tuple(batch['shape'][i].tolist()))
         found = {key: measured[key][i][shown] for key in ('boxes', 'scores', 'classes')}
-        drawn[f'detections/{i}'] = np.asarray(prediction.draw(photo, found, class_names))
+        drawn[f'detections/{number}'] = np.asarray(prediction.draw(photo, found, class_names))
     return drawn
 
 

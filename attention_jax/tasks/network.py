@@ -14,13 +14,18 @@ def build_model(config: ConfigDict, num_classes: int, **arguments: Any) -> nn.Mo
 
     Args:
         config: the whole config (`configs/base.py`).
-        num_classes: the dataset's, where `config.model` gives none.
+        num_classes: the dataset's.
         **arguments: what the task tells the network beside.
 
     Raises:
-        ValueError: unknown network, mechanism or argument.
+        ValueError: unknown network, mechanism or argument, or another number of classes.
     """
     model = config.model
+    if model.num_classes not in (None, num_classes):
+        raise ValueError(
+            f'model.num_classes {model.num_classes} is not the number of classes of the data, '
+            f'{num_classes}: leave it out'
+        )
     for key in ('attention', 'attention_args', 'placement', 'identity_init'):
         if model.get(key):
             arguments[key] = plain(model[key])
@@ -28,7 +33,7 @@ def build_model(config: ConfigDict, num_classes: int, **arguments: Any) -> nn.Mo
         arguments['dtype'] = jnp.dtype(config.train.compute_dtype)
     return create_model(
         model.name,
-        num_classes=num_classes if model.num_classes is None else model.num_classes,
+        num_classes=num_classes,
         **arguments,
         **plain(model.arguments),
     )

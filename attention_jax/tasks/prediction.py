@@ -2,19 +2,21 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from attention_jax.data import box_transforms, transforms
 from attention_jax.functional import boxes, yolo
 
 # Okabe and Ito's colours, which people who confuse red and green can tell apart as well.
 _COLORS = ('#E69F00', '#56B4E9', '#009E73', '#F0E442', '#0072B2', '#D55E00', '#CC79A7')
+_DARK = ('#0072B2', '#D55E00')
 
 
 def predict(
@@ -33,14 +35,14 @@ def predict(
     Args:
         model: a network that detects, such as `create_model('yolov4_tiny')`.
         variables: its variables.
-        image: uint8 `[h, w, 3]`, or a Pillow picture.
+        image: uint8 `[h, w, 3]`, or a Pillow picture, which is turned upright as its camera says.
         score_threshold: of the least certain box returned.
         iou_threshold: of two boxes of a class from which on only the better one is returned.
         max_detections: at most so many boxes, the best.
 
     Returns:
-        'boxes' float32 `[d, 4]`, (x1, y1, x2, y2) in pixels of the photo; 'scores' float32 `[d]`,
-        falling; 'classes' int32 `[d]`.
+        'boxes' float32 `[d, 4]`, (x1, y1, x2, y2) in pixels of the upright photo, cut at its
+        borders; 'scores' float32 `[d]`, falling; 'classes' int32 `[d]`.
 
     Raises:
         ValueError: a network that does not detect, or an image of another kind.
@@ -51,16 +53,17 @@ def predict(
         )
     if not isinstance(image, Image.Image):
         image = np.asarray(image)
-        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
             raise ValueError(
                 f'image must be uint8 [h, w, 3] or a Pillow picture, got {image.dtype} '
                 f'{list(image.shape)}'
             )
         image = Image.fromarray(image)
-    image = image.convert('RGB')
+    image = upright(image)
     canvas = transforms.to_array(box_transforms.letterbox(image, tuple(model.image_size)))
     detect = _detector(_Static(model), score_threshold, iou_threshold, max_detections)
     found = jax.device_get(detect(variables, canvas, np.array([image.height, image.width])))
+    found['boxes'] = found['boxes'].clip(0, np.float32([*image.size, *image.size]))
     there = found['classes'] >= 0
     return {key: value[there] for key, value in found.items()}
 
@@ -73,34 +76,53 @@ def draw(
     """Draws boxes with names and scores on a copy of a photo.
 
     Args:
-        photo: a Pillow picture, or uint8 `[h, w, 3]`.
-        found: what `predict` returns; the best boxes are drawn last, on top.
-        class_names: one a class; numbers are written for those that are missing.
+        photo: as for `predict`.
+        found: what `predict` returns; the best are drawn last, on top, and names above all boxes.
+        class_names: one a class; numbers are written for those that are missing, and for names
+            that are not ASCII, whose letters the font has not.
 
     Returns:
         The picture, RGB.
     """
     picture = photo if isinstance(photo, Image.Image) else Image.fromarray(photo)
-    picture = picture.convert('RGB').copy()
+    picture = upright(picture)
     pen = ImageDraw.Draw(picture)
-    side = min(picture.size)
+    side = math.sqrt(picture.width * picture.height)
     line = max(1, round(side / 200))
     font = ImageFont.load_default(size=max(9, round(side / 28)))
     order = np.argsort(found['scores'], kind='stable')
     for i in order:
         left, top, right, bottom = (float(v) for v in found['boxes'][i])
+        corners = (left, top, max(left, right), max(top, bottom))
+        pen.rectangle(corners, outline=_color(found['classes'][i])[0], width=line)
+    for i in order:
+        left, top, _, _ = (float(v) for v in found['boxes'][i])
         number = int(found['classes'][i])
-        color = _COLORS[number % len(_COLORS)]
-        name = class_names[number] if number < len(class_names) else str(number)
-        pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=color, width=line)
-        text = f'{name} {found["scores"][i]:.2f}'
+        known = number < len(class_names) and class_names[number].isascii()
+        text = f'{class_names[number] if known else number} {found["scores"][i]:.2f}'
         _, _, width, height = pen.textbbox((0, 0), text, font=font)
         # Above the box, or inside it where the photo ends; never beyond the right border.
         x = min(max(0.0, left), max(0.0, picture.width - width - 2.0))
         y = top - height - 2 if top > height + 2 else max(0.0, top)
+        color, ink = _color(number)
         pen.rectangle((x, y, x + width + 2, y + height + 2), fill=color)
-        pen.text((x + 1, y), text, fill='black', font=font)
+        pen.text((x + 1, y), text, fill=ink, font=font)
     return picture
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """A copy in RGB, turned as the tag of the camera says.
+
+    Raises:
+        ValueError: of floating point or 32 bits a pixel.
+    """
+    return transforms.convert(ImageOps.exif_transpose(picture))
+
+
+def _color(number: int) -> tuple[str, str]:
+    """The colour of a class, and that of text on it."""
+    color = _COLORS[number % len(_COLORS)]
+    return color, 'white' if color in _DARK else 'black'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -145,7 +145,7 @@ def load(workdir: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any], Co
     Returns:
         The Linen module; its variables after the latest checkpoint's step (the moving average,
         where one is kept), on the first device; and the config, whose group `dataset` has
-        image_shape, num_classes, class_names, mean and std.
+        image_shape, num_classes, class_names, and what else the data set is described by.
 
     Raises:
         ValueError: the directory holds no run, or no checkpoint.

@@ -40,8 +40,10 @@ from attention_jax.training.step import (
     make_train_step,
 )
 from attention_jax.training.workdir import (
+    NETWORK_KEYS,
     check_classes,
     check_config,
+    check_same_classes,
     read_config,
     refuse_another_config,
     write_description,
@@ -85,6 +87,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     source = open_source(config, config.data.split, preprocessing, train=True)
     test_source = open_source(config, config.data.test_split, preprocessing)
     check_classes(workdir, source.description)
+    check_same_classes(source, test_source)
     batches = data.train_batches(
         source, config.data, batch_size=batch_size, seed=config.train.seed, **this_process()
     )
@@ -92,7 +95,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         test_source, config.data, batch_size=batch_size, **this_process()
     )
     steps_per_epoch = len(source) / batch_size
-    steps = config.train.steps or max(1, round(config.train.epochs * steps_per_epoch))
+    steps = data.number_of_steps(config.train, len(source))
     epochs = steps / steps_per_epoch
     every = config.train.eval_every
     eval_steps = {round(k * every * steps_per_epoch) for k in range(1, int(epochs / every) + 1)}
@@ -258,7 +261,7 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, f
     """Evaluates the latest checkpoint in `workdir` on `data.test_split`; writes nothing.
 
     Args:
-        config: as for `train`; the groups `data`, `train` and `mesh` may differ from the run's.
+        config: as for `train`; what does not make the network may differ from the run's.
         workdir: work directory of a run.
 
     Returns:
@@ -270,7 +273,7 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, f
     workdir = pathlib.Path(workdir)
     use_compilation_cache()
     check_config(config)
-    refuse_another_config(config, workdir, ('task', 'model.', 'data.name'))
+    refuse_another_config(config, workdir, NETWORK_KEYS)
     directory = workdir / 'checkpoints'
     if not directory.is_dir():
         raise ValueError(f'workdir {workdir} holds no checkpoint: train first')
@@ -301,9 +304,7 @@ def preprocessing_of(config: ConfigDict, workdir: pathlib.Path) -> Preprocessing
     if not config.model.pretrained or config.data.preprocessing == 'dataset':
         return None
     if (workdir / 'config.json').is_file():
-        dataset = read_config(workdir).dataset
-        # That of boxes has none: its networks take pixels as they are.
-        return from_dataset(dataset) if 'mean' in dataset else None
+        return from_dataset(read_config(workdir).dataset)
     return pretrained.read_preprocessing(config.model.name, config.model.pretrained)
 
 

@@ -4,13 +4,16 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from attention_jax import checks
 from attention_jax.training import metrics
+
+# Keys whose values, or beginnings of keys, decide what the weights of a run are of.
+NETWORK_KEYS = ('task', 'model.', 'data.name', 'detection.anchors', 'detection.masks')
 
 
 def check_config(config: ConfigDict) -> None:
@@ -31,12 +34,15 @@ def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     """Returns the config of a work directory; its group `dataset` tells what the data were.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is damaged.
     """
     path = pathlib.Path(workdir) / 'config.json'
     if not path.is_file():
         raise ValueError(f'workdir {workdir} holds no run: it has no {path.name}')
-    return ConfigDict(json.loads(path.read_text()))
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{path} is damaged: {error}') from None
 
 
 def refuse_another_config(
@@ -63,7 +69,8 @@ def refuse_another_config(
     if different:
         raise ValueError(
             f'workdir {workdir} belongs to another config: {"; ".join(different)}. '
-            'Choose another with --workdir'
+            f'Choose another with --workdir; --config.model.pretrained={workdir} there starts from '
+            'the weights of this one'
         )
 
 
@@ -76,17 +83,32 @@ def check_classes(workdir: pathlib.Path, description: Any) -> None:
     """
     if not (workdir / 'config.json').is_file():
         return
-    there = tuple(read_config(workdir).dataset.class_names)
-    here = tuple(description.class_names)
-    if there == here:
-        return
+    difference = _difference(read_config(workdir).dataset.class_names, description.class_names)
+    if difference:
+        raise ValueError(
+            f'workdir {workdir} was trained on other classes than {description.name!r} has: '
+            f'{difference}. Give the data the same class list, or choose another workdir'
+        )
+
+
+def check_same_classes(source: Any, test_source: Any) -> None:
+    """Raises a ValueError if two splits, for training and evaluation, differ in their classes."""
+    names = source.description.class_names, test_source.description.class_names
+    difference = _difference(*names)
+    if difference:
+        raise ValueError(
+            f'data.test_split {test_source.split!r} of {source.description.name!r} has other '
+            f'classes than data.split {source.split!r}: {difference}. Give both the same list'
+        )
+
+
+def _difference(there: Sequence[str], here: Sequence[str]) -> str:
+    """How two lists of classes differ; empty if they do not."""
+    if tuple(there) == tuple(here):
+        return ''
     missing = ', '.join(sorted(set(there) - set(here))[:5]) or 'none'
     new = ', '.join(sorted(set(here) - set(there))[:5]) or 'none'
-    raise ValueError(
-        f'workdir {workdir} was trained on {len(there)} classes and {description.name!r} has '
-        f'{len(here)}, in its order (missing: {missing}; new: {new}). Give the data the same '
-        'class list, or choose another workdir'
-    )
+    return f'{len(there)} and {len(here)}, in their order (missing: {missing}; new: {new})'
 
 
 def write_description(

@@ -121,6 +121,17 @@ def test_a_letterboxed_photo_is_measured_in_its_own_pixels():
     assert (pictures['detections/0'] != 128).any()
 
 
+def test_samples_are_of_photos_not_of_padding():
+    task = make_task()
+    batch = {k: np.concatenate([v, v]) for k, v in eval_batch(BOXES, [0, 2]).items()}
+    batch['mask'][0] = batch['image'][0] = 0
+    outputs = confident_outputs(BOXES, [0, 2], task)
+    measured = jax.device_get(task.measure([np.concatenate([o, o]) for o in outputs], batch))
+    pictures = task.samples(batch, measured)
+    assert set(pictures) == {'detections/0'}
+    assert (pictures['detections/0'][0, 0] == 128).all()
+
+
 def test_loss_is_yolos_and_its_sums_are_means_over_images():
     task = make_task()
     rng = np.random.default_rng(0)
@@ -168,6 +179,12 @@ def test_the_network_is_told_how_its_outputs_are_decoded():
         ({'model.name': 'darknet53_tiny'}, "'darknet53_tiny' does not detect: use one of yolov4"),
         ({'detection.iou_threshold': 1.5}, 'detection.iou_threshold must be in 0 to 1, got 1.5'),
         ({'detection.max_detections': 0}, 'detection.max_detections'),
+        (
+            {'model.num_classes': 80},
+            'model.num_classes 80 is not the number of classes of the data, 3',
+        ),
+        ({'detection.anchors': (1, 2, 3)}, 'anchors must be pairs'),
+        ({'detection.masks': (3, 4)}, 'masks must be two sequences of anchors'),
     ],
 )
 def test_wrong_settings_are_refused(changes, message):

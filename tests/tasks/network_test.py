@@ -1,4 +1,5 @@
 import jax.numpy as jnp
+import pytest
 
 from attention_jax.tasks.network import build_model
 from configs import base
@@ -12,7 +13,11 @@ def test_model_is_the_configs():
     model = build_model(config, 10)
     assert (model.attention, model.num_classes, model.zero_init_last) == ('se', 10, True)
     assert model.attention_args == {'reduction': 4}
-    config.model.num_classes = 3
     config.train.compute_dtype = 'bfloat16'
-    model = build_model(config, 10)
-    assert (model.num_classes, model.dtype) == (3, jnp.bfloat16)
+    assert build_model(config, 10).dtype == jnp.bfloat16
+    config.model.num_classes = 3
+    with pytest.raises(
+        ValueError, match='num_classes 3 is not the number of classes of the data, 10'
+    ):
+        build_model(config, 10)
+    assert build_model(config, 3).num_classes == 3

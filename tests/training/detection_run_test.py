@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import re
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -81,7 +83,24 @@ def test_a_run_from_weights_goes_on_without_them(finished):
     workdir, _ = finished
     config = make_config()
     config.model.pretrained = 'weights that are gone'
-    assert loop.preprocessing_of(config, workdir) is None
+    assert loop.preprocessing_of(config, workdir).input_size == (64, 64)
+
+
+def test_a_run_is_a_source_of_weights(finished, tmp_path, capsys):
+    workdir, _ = finished
+    config = make_config()
+    config.model.pretrained = str(workdir)
+    config.optimizer.learning_rate = 1e-9
+    config.train.steps = 1
+    train(config, tmp_path / 'next')
+    before, after = (attention_jax.load(w)[1]['params'] for w in (workdir, tmp_path / 'next'))
+    for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    file = tmp_path / 'weights.safetensors'
+    assert cli.main(['convert', str(workdir), str(file)]) == 0
+    module, _, report = attention_jax.load_pretrained('yolov4_tiny', file)
+    assert (module.attention, module.num_classes, report.new) == ('eca', 10, ())
+    assert report.preprocessing.mean == (0.0, 0.0, 0.0)
 
 
 def test_prediction_of_the_command_and_of_the_function_agree(finished, tmp_path, capsys):
@@ -111,9 +130,22 @@ def test_prediction_of_the_command_and_of_the_function_agree(finished, tmp_path,
     exif = lying.getexif()
     exif[0x0112] = 6
     lying.save(tmp_path / 'lying.png', exif=exif)
-    assert cli.main(['predict', str(workdir), str(tmp_path / 'lying.png'), *command[3:]]) == 0
+    least = ['--score-threshold', '0.001']
+    lying = ['predict', str(workdir), str(tmp_path / 'lying.png'), *command[3:]]
+    assert cli.main([*lying, *least]) == 0
     again = json.loads((tmp_path / 'out/lying.json').read_text())
     assert (again['width'], again['height']) == (200, 120)
+    corners = np.array([row['box'] for row in again['boxes']])
+    assert (corners.min(0) >= 0).all()
+    assert (corners.max(0) <= [200, 120, 200, 120]).all()
+    of_file = attention_jax.predict(
+        model, variables, Image.open(tmp_path / 'lying.png'), score_threshold=0.001
+    )
+    np.testing.assert_allclose(of_file['boxes'], corners, atol=0.006)
+    with pytest.raises(
+        ValueError, match=r'image must be uint8 \[h, w, 3\] .*, got uint8 \[0, 8, 3\]'
+    ):
+        attention_jax.predict(model, variables, np.zeros((0, 8, 3), np.uint8))
 
     maps = attention_jax.attention_maps(model, variables, np.zeros((1, 64, 64, 3), np.float32))
     assert set(maps) == {f'{place}_attention' for place in ('feat1', 'feat2', 'upsampled')}
@@ -132,13 +164,18 @@ def test_prediction_of_the_command_and_of_the_function_agree(finished, tmp_path,
         (['missing.jpg'], 'photo missing.jpg is not there'),
         (['a/x.jpg', 'b/x.png'], "two photos are called 'x'"),
         (['x.jpg', '--iou-threshold', '2'], '--iou-threshold must be in 0 to 1, got 2.0'),
+        (['out/x.jpg'], 'is the folder of photo out/x.jpg, which could be overwritten'),
     ],
 )
-def test_wrong_options_of_predict(finished, tmp_path, arguments, what, capsys):
+def test_wrong_options_of_predict(finished, tmp_path, arguments, what, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / 'out'
     assert cli.main(['predict', str(finished[0]), *arguments, '--output', str(out)]) == 2
     assert what in capsys.readouterr().err
     assert not out.exists()
+    out.write_text('a file')
+    assert cli.main(['predict', str(finished[0]), 'y.jpg', '--output', str(out)]) == 2
+    assert f'--output {out} is a file: give a folder' in capsys.readouterr().err
 
 
 def test_other_classes_are_refused(finished, tmp_path):
@@ -150,11 +187,38 @@ def test_other_classes_are_refused(finished, tmp_path):
     settings = json.loads((workdir / 'config.json').read_text())
     settings['data']['name'] = config.data.name
     (copied / 'config.json').write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r'trained on 10 classes and .* has 2'):
+    with pytest.raises(ValueError, match=r'trained on other classes than .*: 10 and 2, in their'):
         evaluate(config, copied)
 
 
-def voc_folder(folder: pathlib.Path, classes):
+def test_other_anchors_are_refused(finished):
+    config = make_config()
+    config.detection.anchors = tuple((w + 1, h) for w, h in config.detection.anchors)
+    with pytest.raises(ValueError, match=r'belongs to another config: detection.anchors is'):
+        evaluate(config, finished[0])
+
+
+def test_a_test_split_of_other_classes_is_refused(tmp_path):
+    folder = tmp_path / 'coco'
+    (folder / 'annotations').mkdir(parents=True)
+    for split, names in {'train': ('cat', 'dog'), 'val': ('dog',)}.items():
+        (folder / split).mkdir()
+        Image.new('RGB', (80, 60)).save(folder / split / 'a.jpg')
+        document = {
+            'images': [{'id': 1, 'file_name': 'a.jpg', 'height': 60, 'width': 80}],
+            'annotations': [],
+            'categories': [{'id': ord(name[0]), 'name': name} for name in names],
+        }
+        path = folder / 'annotations' / f'instances_{split}.json'
+        path.write_text(json.dumps(document))
+    config = make_config(name=f'coco:{folder}', split='train', test_split='val')
+    workdir = tmp_path / 'run'
+    with pytest.raises(ValueError, match=r"'val' .* has other classes .*: 2 and 1, .*missing: cat"):
+        train(config, workdir)
+    assert not workdir.exists()
+
+
+def voc_folder(folder: pathlib.Path, classes, corners=(10, 10, 40, 50)):
     for name in ('Annotations', 'JPEGImages', 'ImageSets/Main'):
         (folder / name).mkdir(parents=True)
     for number, label in enumerate(classes):
@@ -162,8 +226,8 @@ def voc_folder(folder: pathlib.Path, classes):
         (folder / f'Annotations/{number}.xml').write_text(
             f'<annotation><filename>{number}.jpg</filename><size><width>80</width>'
             f'<height>60</height><depth>3</depth></size><object><name>{label}</name>'
-            '<bndbox><xmin>10</xmin><ymin>10</ymin><xmax>40</xmax><ymax>50</ymax></bndbox>'
-            '</object></annotation>'
+            '<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>'
+            '</object></annotation>'.format(*corners)
         )
     (folder / 'ImageSets/Main/train.txt').write_text('\n'.join(map(str, range(len(classes)))))
     return folder
@@ -172,6 +236,25 @@ def voc_folder(folder: pathlib.Path, classes):
 def test_anchors_are_printed_as_the_config_takes_them(tmp_path, capsys):
     folder = voc_folder(tmp_path / 'voc', classes=('cat', 'dog'))
     assert cli.main(['anchors', f'voc:{folder}', '--number', '1', '--size', '160']) == 0
-    assert '--config.detection.anchors="((60, 80),)"' in capsys.readouterr().out.splitlines()[-1]
+    last = capsys.readouterr().out.splitlines()[-1]
+    anchors = '--config.detection.anchors="((60, 80),)"'
+    assert last == f'{anchors} --config.detection.masks="((0,), (0,))"'
     assert cli.main(['anchors', f'voc:{folder}', '--split', 'test']) == 2
     assert "has no 'test'" in capsys.readouterr().err
+    assert cli.main(['anchors', f'voc:{folder}', '--number', '1', '--seed', '-1']) == 2
+    assert 'seed -1 must be at least 0' in capsys.readouterr().err
+    assert cli.main(['anchors', 'digit_scene']) == 2
+    assert "did you mean 'digit_scenes'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('corners', 'what'),
+    [
+        ((0.1, 0.2, 0.6, 0.7), 'no box is left in .*: boxes in 0 to 1 instead of pixels, .*: 2'),
+        ((40, 20, 10, 70), 'no box is left in .*: inverted boxes, left out: 2'),
+    ],
+)
+def test_anchors_of_bad_boxes(tmp_path, corners, what, capsys):
+    folder = voc_folder(tmp_path / 'voc', ('cat', 'dog'), corners)
+    assert cli.main(['anchors', f'voc:{folder}', '--number', '1']) == 2
+    assert re.search(what, capsys.readouterr().err)
