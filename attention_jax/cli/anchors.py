@@ -47,9 +47,9 @@ def _run(options: argparse.Namespace) -> None:
         f'{len(sizes):,} boxes of {len(source):,} pictures; mean IoU with the best anchor', end=''
     )
     print(f' {best.mean():.4f}')
-    listed = ''.join(f'({round(w)}, {round(h)}), ' for w, h in found)
     middle = len(found) // 2  # the larger half at stride 32, the smaller one at stride 16
+    listed = tuple((round(w), round(h)) for w, h in found)
     masks = (tuple(range(middle, len(found))), tuple(range(middle or 1)))
-    print(f'--config.detection.anchors="({listed.rstrip()})" --config.detection.masks="{masks}"')
+    print(f'--config.detection.anchors="{listed}" --config.detection.masks="{masks}"')
     for line in source.warnings():
         print(line, file=sys.stderr)
