@@ -36,7 +36,17 @@ def output_sizes(spatial: Ints, window: Ints, strides: Ints, pads: Pads, dilatio
 def plain(
     x: jax.Array, kernel: jax.Array, *, strides: Ints, pads: Pads, dilation: Ints, groups: int = 1
 ) -> jax.Array:
-    """XLA's own convolution."""
+    """XLA's own convolution.
+
+    Rows of zeros that no window shares with x are written out: the gradient by x is a convolution
+    whose padding is negative there, and XLA's for a CPU (jaxlib 0.10.2) is wrong in float32.
+    """
+    reach = [d * (k - 1) for k, d in zip(kernel.shape[:-2], dilation, strict=True)]
+    alone = [max(low - r, 0) for (low, _), r in zip(pads, reach, strict=True)]
+    if any(alone):
+        zeros = [(0, 0, 0), *((n, 0, 0) for n in alone), (0, 0, 0)]
+        x = lax.pad(x, jnp.zeros((), x.dtype), zeros)
+        pads = tuple((low - n, high) for (low, high), n in zip(pads, alone, strict=True))
     letters = 'DHW'[-len(strides) :]
     return lax.conv_general_dilated(
         x,
@@ -79,8 +89,8 @@ def _row_blocks_jvp(
     y = _row_blocks(x, kernel, strides, pads, dilation)
     terms = []
     if not isinstance(x_tangent, SymbolicZero):
-        halves = set(strides) == {2} and set(dilation) == {1}
-        form = phases if halves else functools.partial(plain, dilation=dilation)
+        parts = set(strides) != {1} and set(dilation) == {1}
+        form = phases if parts else functools.partial(plain, dilation=dilation)
         terms.append(form(x_tangent, kernel, strides=strides, pads=pads))
     if not isinstance(kernel_tangent, SymbolicZero):
         terms.append(_each_block(x, kernel_tangent, strides, pads, dilation))
@@ -113,30 +123,36 @@ def _each_block(
 
 
 def phases(x: jax.Array, kernel: jax.Array, *, strides: Ints, pads: Pads) -> jax.Array:
-    """A convolution of stride 2 as the sum of those of x's even and odd rows, columns, and so on.
+    """A strided convolution as the sum of those of x's phases: at stride 2, even and odd rows.
 
-    Each of these has stride 1, and a CPU's gradient by x of that takes less than half as long.
+    Each of these has stride 1. A CPU's gradient by x of that takes less than half as long, and
+    does not meet dilated inputs, of some of which XLA's compiler (jaxlib 0.10.2) dies.
     """
-    rank = len(strides)
     window, spatial = kernel.shape[:-2], x.shape[1:-1]
-    out = output_sizes(spatial, window, strides, pads, (1,) * rank)
+    ones = (1,) * len(strides)
+    out = output_sizes(spatial, window, strides, pads, ones)
     total = None
-    for phase in itertools.product((0, 1), repeat=rank):
-        first = [(odd + low) % 2 for odd, (low, _) in zip(phase, pads, strict=True)]
-        if any(tap >= k for tap, k in zip(first, window, strict=True)):
+    for phase in itertools.product(*map(range, strides)):
+        first = [(i + low) % s for i, (low, _), s in zip(phase, pads, strides, strict=True)]
+        entries = [-((i - n) // s) for i, n, s in zip(phase, spatial, strides, strict=True)]
+        if min(entries) < 1 or any(t >= k for t, k in zip(first, window, strict=True)):
             continue  # no tap meets these
-        ends = [k - (k - 1 - tap) % 2 for tap, k in zip(first, window, strict=True)]
-        zeros = []
-        for n, size, odd, tap, end, (low, _) in zip(
-            out, spatial, phase, first, ends, pads, strict=True
-        ):
-            # Tap t of result o meets entry o + (t - low - odd) / 2 of this phase. Below 0: cut off.
-            have = (size - odd + 1) // 2
-            zeros.append(((low + odd - tap) // 2, n + (end - 1 - low - odd) // 2 - have))
-        taps = kernel[tuple(slice(a, None, 2) for a in first)]
-        part = x[(slice(None), *(slice(odd, None, 2) for odd in phase))]
-        term = plain(part, taps, strides=(1,) * rank, pads=tuple(zeros), dilation=(1,) * rank)
+        taps = kernel[tuple(slice(t, None, s) for t, s in zip(first, strides, strict=True))]
+        part = x[(slice(None), *(slice(i, None, s) for i, s in zip(phase, strides, strict=True)))]
+        # Tap number m of result o meets entry o + m - low of this phase.
+        lows = [
+            (i + low - t) // s
+            for i, t, (low, _), s in zip(phase, first, pads, strides, strict=True)
+        ]
+        highs = [
+            n + m - 1 - low - have
+            for n, m, low, have in zip(out, taps.shape[:-2], lows, entries, strict=True)
+        ]
+        zeros = tuple(zip(lows, highs, strict=True))  # below 0: cut off
+        term = plain(part, taps, strides=ones, pads=zeros, dilation=ones)
         total = term if total is None else total + term
+    if total is None:  # every tap meets zeros
+        return jnp.zeros((x.shape[0], *out, kernel.shape[-1]), x.dtype)
     return total
 
 
