@@ -320,7 +320,7 @@ def _step_report(job: Mapping[str, Any], device: str) -> dict[str, Any]:
         'dtype': config.train.compute_dtype,
         'batch_per_chip': batch // mesh.size,
         'image': list(inputs.shape[1:]),
-        'num_classes': config.model.num_classes or description.num_classes,
+        'num_classes': description.num_classes,
         'note': note,
         'parameters': counts['parameters'],
         'macs': counts['macs'] + counts['matmul'],
@@ -408,31 +408,28 @@ def _describe_data(config: Any) -> tuple[Any, str]:
     from attention_jax.tasks import open_source
 
     entry = registry.model_entry(config.model.name)
-    note = ''
-
-    def classes(described: Any) -> int:
-        return config.model.num_classes or described.num_classes
-
+    description, note = None, ''
     if config.data.name:
         if config.data.name != 'digits':
             config.data.cache = False  # nothing is read but what the data set says of itself
         try:
             description = open_source(config, config.data.split).description
-            return dataclasses.replace(description, num_classes=classes(description)), note
         except ValueError:
             note = f'data set {config.data.name} is not here: images as the network is counted with'
-    size = config.data.image_size or entry.input_size
-    size = (size, size) if isinstance(size, int) else size
-    description = data.Description(
-        name=config.data.name or '',
-        image_shape=(*size, 3),
-        num_classes=classes(entry),
-        class_names=(),
-        splits={},
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        flip=True,
-    )
+    if description is None:
+        size = config.data.image_size or entry.input_size
+        description = data.Description(
+            name=config.data.name or '',
+            image_shape=(*((size, size) if isinstance(size, int) else size), 3),
+            num_classes=entry.num_classes,
+            class_names=(),
+            splits={},
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+            flip=True,
+        )
+    if config.model.num_classes:
+        description = dataclasses.replace(description, num_classes=config.model.num_classes)
     return description, note
 
 

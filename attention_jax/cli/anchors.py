@@ -44,9 +44,9 @@ def _run(options: argparse.Namespace) -> None:
     found = anchors.kmeans(sizes, options.number, options.seed)
     best = anchors.overlap(sizes, found).max(-1)
     print(
-        f'{len(sizes):,} boxes of {len(source):,} pictures; mean IoU with the best anchor', end=''
+        f'{len(sizes):,} boxes of {len(source):,} pictures; mean IoU with the best anchor '
+        f'{best.mean():.4f}'
     )
-    print(f' {best.mean():.4f}')
     middle = len(found) // 2  # the larger half at stride 32, the smaller one at stride 16
     listed = tuple((round(w), round(h)) for w, h in found)
     masks = (tuple(range(middle, len(found))), tuple(range(middle or 1)))

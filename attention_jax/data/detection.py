@@ -262,6 +262,8 @@ def source(config: Any, split: str, *, train: bool) -> Source:
         _share(config, key, default)
         for key, default in (('mosaic', 0.0), ('mixup', 0.0), ('mosaic_epochs', 0.7))
     )
+    # Examples of the whole run.
+    length = config.train.batch_size * number_of_steps(config.train, opened.count) if train else 0
     return Source(
         description,
         split,
@@ -278,7 +280,7 @@ def source(config: Any, split: str, *, train: bool) -> Source:
         scale=_scale(config),
         mosaic=mosaic,
         mixup=mixup,
-        mosaic_until=share * _run_length(config.train, opened.count) if train else 0.0,
+        mosaic_until=share * length,
     )
 
 
@@ -330,8 +332,3 @@ def _scale(config: Any) -> tuple[float, float]:
     if not 0 < low <= high:
         raise ValueError(f'data.scale {scale!r} must be two numbers, 0 < smallest <= largest')
     return low, high
-
-
-def _run_length(train_config: Any, count: int) -> int:
-    """Number of training examples of the whole run."""
-    return train_config.batch_size * number_of_steps(train_config, count)

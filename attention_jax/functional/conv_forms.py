@@ -126,7 +126,7 @@ def phases(x: jax.Array, kernel: jax.Array, *, strides: Ints, pads: Pads) -> jax
     """A strided convolution as the sum of those of x's phases: at stride 2, even and odd rows.
 
     Each of these has stride 1. A CPU's gradient by x of that takes less than half as long, and
-    does not meet dilated inputs, of some of which XLA's compiler (jaxlib 0.10.2) dies.
+    does not meet dilated inputs, of some of which XLA's compiler (jaxlib 0.10.2) aborts.
     """
     window, spatial = kernel.shape[:-2], x.shape[1:-1]
     ones = (1,) * len(strides)
