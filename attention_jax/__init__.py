@@ -4,17 +4,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from attention_jax import functional
+from attention_jax.models.registry import create_model, list_models
 from attention_jax.modules import *  # noqa: F403
 from attention_jax.modules import __all__ as _mechanisms
-from attention_jax.registry import create_attention, create_model, list_attention, list_models
+from attention_jax.modules.registry import create_attention, list_attention
+from attention_jax.version import __version__
 
 if TYPE_CHECKING:
     from attention_jax.analysis.maps import attention_maps
     from attention_jax.interop.pretrained import load_pretrained
     from attention_jax.tasks.prediction import predict
     from attention_jax.training.checkpoints import load
-
-__version__ = '0.1.0'
 
 # What a user of one module need not pay for is imported when it is first used.
 _LAZY = {
@@ -31,6 +31,7 @@ _LAZY = {
 }
 
 __all__ = [
+    '__version__',
     'attention_maps',
     'create_attention',
     'create_model',

@@ -1,6 +1,7 @@
 """Checks of arguments: one message, with what was given and what is allowed."""
 
-from collections.abc import Collection
+import difflib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -68,3 +69,23 @@ def pool_fits(x: jax.Array, pool_size: int, spatial_dims: int = 2) -> None:
         raise ValueError(
             f'pool_size {pool_size} leaves nothing of x of shape {x.shape}: use at most {side}'
         )
+
+
+def arguments(what: str, given: Collection[str], allowed: Collection[str]) -> None:
+    """Raises a ValueError for an argument that `what` does not take."""
+    for argument in given:
+        if argument not in allowed:
+            close = difflib.get_close_matches(argument, allowed, n=1)
+            hint = f', did you mean {close[0]}?' if close else ':'
+            raise ValueError(
+                f'{what} has no argument {argument!r}{hint} it takes {", ".join(allowed)}'
+            )
+
+
+def registered(kind: str, name: str, entries: Mapping[str, Any], listing: str) -> Any:
+    """Returns the entry `name`; a ValueError has the names like it, and what lists all names."""
+    if name in entries:
+        return entries[name]
+    close = difflib.get_close_matches(str(name).lower(), entries, n=3)
+    hint = f'did you mean {" or ".join(close)}?' if close else 'there is none like it.'
+    raise ValueError(f'{kind} {name!r} is not registered: {hint} {listing} has all names')

@@ -24,9 +24,9 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from attention_jax import registry
 from attention_jax.analysis import benchmark
 from attention_jax.data import Description
+from attention_jax.models.registry import model_entry
 from attention_jax.tasks import create_task
 from attention_jax.training import sharding
 from attention_jax.training.optimizer import make_optimizer
@@ -75,7 +75,7 @@ COMPILES = (
 
 def detects(name: str) -> bool:
     """Whether a network finds boxes."""
-    return registry.model_entry(name).family == 'yolo'
+    return model_entry(name).family == 'yolo'
 
 
 def random_boxes(batch: int) -> np.ndarray:
@@ -89,7 +89,7 @@ def random_boxes(batch: int) -> np.ndarray:
 
 def build(name: str, batch: int, size: int) -> tuple[Any, Any, dict[str, Any]]:
     """The jitted training step of a network, and the shapes of its state and batch."""
-    entry = registry.model_entry(name)
+    entry = model_entry(name)
     config = yolov4_tiny.get_config('voc') if detects(name) else base.get_config('imagenet2012')
     config.model.name = name
     config.train.batch_size = batch
@@ -115,7 +115,7 @@ def build(name: str, batch: int, size: int) -> tuple[Any, Any, dict[str, Any]]:
 
 def measure_compile(name: str) -> dict[str, Any]:
     """Seconds to trace and to compile one network's training step."""
-    size = min(224, max(registry.model_entry(name).input_size))
+    size = min(224, max(model_entry(name).input_size))
     step, _, shapes = build(name, 2, size)
     started = time.perf_counter()
     lowered = step.lower(shapes['state'], shapes['batch'])

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_jax import registry
 from attention_jax.interop.torch import to_state_dict
+from attention_jax.modules.registry import attention_entry
 
 # Channels.
 
@@ -669,7 +669,7 @@ def create(
     channels = inputs[0].shape[-1]
     module = TIMM[name](layers, channels) if layers else PLAIN[name](channels, **arguments)
     mechanism, _, variant = name.partition('/')
-    entry = registry.attention_entry(mechanism)
+    entry = attention_entry(mechanism)
     ours = {**(entry.variants[variant] if variant else {}), **arguments}
     state = to_state_dict(mechanism, variables, source='timm' if variant else None, **ours)
     own = module.state_dict()

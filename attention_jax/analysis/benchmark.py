@@ -26,8 +26,9 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from attention_jax import checks, registry
+from attention_jax import checks
 from attention_jax.analysis import mechanism_table
+from attention_jax.modules.registry import attention_entry, create_attention, list_attention
 
 SHAPES = ((8, 56, 56, 64), (8, 28, 28, 256))
 FORMS = pathlib.Path(__file__).resolve().parents[2] / 'benchmarks' / 'torch_forms.py'
@@ -88,7 +89,7 @@ def measure(
         yield machine
         forms = None if machine['alone'] else load_forms()
         if not names:
-            names = registry.list_attention()
+            names = list_attention()
             names = forms.names(names) if forms else names
         for name in names:
             for shape in shapes:
@@ -102,7 +103,7 @@ def variant(name: str) -> tuple[str, dict[str, Any]]:
         ValueError: there is no such mechanism, or it has no such variant.
     """
     mechanism, _, which = name.partition('/')
-    variants = {'': {}, **registry.attention_entry(mechanism).variants}
+    variants = {'': {}, **attention_entry(mechanism).variants}
     checks.choice(f'variant of {mechanism}', which, list(variants))
     return mechanism, dict(variants[which])
 
@@ -161,9 +162,9 @@ def _row(
 ) -> dict[str, Any]:
     mechanism, chosen = variant(name)
     _, needed = mechanism_table.example(mechanism, shape)
-    if getattr(registry.attention_entry(mechanism).cls, 'dropout_rate', 0.0):
+    if getattr(attention_entry(mechanism).cls, 'dropout_rate', 0.0):
         needed['dropout_rate'] = 0.0
-    module = registry.create_attention(mechanism, **{**chosen, **needed})
+    module = create_attention(mechanism, **{**chosen, **needed})
     row = {'name': name, 'shape': list(shape), 'dtype': dtype, 'arguments': {**chosen, **needed}}
     blank = {'ours': None, 'torch': None, 'ratio': None, 'others': None, 'note': ''}
     xs = tuple(_example(f'x{i}', shape) for i in range(mechanism_table.inputs(module)))

@@ -355,9 +355,9 @@ def _plain_config(job: Mapping[str, Any], device: str) -> Any:
     """The config of a network alone: SGD with momentum."""
     from ml_collections import ConfigDict
 
-    from attention_jax import registry
+    from attention_jax.models.registry import model_entry
 
-    entry = registry.model_entry(job['model'])
+    entry = model_entry(job['model'])
     return ConfigDict(
         {
             'task': 'detection' if entry.family == 'yolo' else 'classification',
@@ -404,10 +404,11 @@ def _plain_config(job: Mapping[str, Any], device: str) -> Any:
 
 def _describe_data(config: Any) -> tuple[Any, str]:
     """The data set's description, and a note where it is not the data set's own."""
-    from attention_jax import data, registry
+    from attention_jax import data
+    from attention_jax.models.registry import model_entry
     from attention_jax.tasks import open_source
 
-    entry = registry.model_entry(config.model.name)
+    entry = model_entry(config.model.name)
     description, note = None, ''
     if config.data.name:
         if config.data.name != 'digits':
@@ -442,7 +443,7 @@ def _describe_model(given: str, config: Any) -> str:
 
 def _module_report(job: Mapping[str, Any], device: str) -> dict[str, Any]:
     """Compiles a mechanism's forward or VJP."""
-    from attention_jax.registry import create_attention
+    from attention_jax.modules.registry import create_attention
     from attention_jax.training import sharding
 
     mesh = sharding.make_mesh(-1, 1, topology_devices(device))

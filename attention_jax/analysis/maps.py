@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 from flax import traverse_util
 
-from attention_jax.modules.layers import map_queries
+from attention_jax.modules.maps import map_queries
 
 
 def attention_maps(

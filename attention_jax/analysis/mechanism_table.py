@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attention_jax import registry
 from attention_jax.analysis import compiled, markdown, tables
+from attention_jax.modules.registry import attention_entry, create_attention, list_attention
 
 SHAPE = (1, 56, 56, 256)  # of what is counted, float32
 PASSES_SHAPE = (128, 56, 56, 256)  # of what is compiled for a TPU, bfloat16
@@ -66,7 +66,7 @@ def table(
         ValueError: a name is not registered.
     """
     rows = []
-    for name in registry.list_attention() if names is None else names:
+    for name in list_attention() if names is None else names:
         progress(name)
         cells = row(name)
         memory = f'{peak_memory(name) / 1e6:.1f}'
@@ -85,7 +85,7 @@ def row(name: str) -> list[str]:
     Returns:
         Name, paper, parameters, MACs, complexity, file.
     """
-    entry, module, arguments = registry.attention_entry(name), *example(name, SHAPE)
+    entry, module, arguments = attention_entry(name), *example(name, SHAPE)
     counts = tables.costs(module, *[SHAPE] * inputs(module))
     given = ', '.join(f'{key}={value}' for key, value in arguments.items())
     title = f'[{entry.paper}](https://arxiv.org/abs/{entry.arxiv})' if entry.arxiv else entry.paper
@@ -141,7 +141,7 @@ def example(name: str, shape: Sequence[int]) -> tuple[nn.Module, dict[str, Any]]
             arguments['scales'] = tuple(r for r in (1, 2, 4) if side % r == 0)
     if name == 'downsampled_self_attention' and side % 8:
         arguments['pool_size'] = math.gcd(side, 4)
-    return registry.create_attention(name, **arguments), arguments
+    return create_attention(name, **arguments), arguments
 
 
 def inputs(module: nn.Module) -> int:
@@ -203,4 +203,4 @@ def read_passes(text: str) -> dict[str, str]:
 
 def choose(names: Collection[str] | None) -> list[str]:
     """Checks registry names; none given is every mechanism."""
-    return [registry.attention_entry(name).name for name in names or registry.list_attention()]
+    return [attention_entry(name).name for name in names or list_attention()]

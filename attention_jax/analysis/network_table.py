@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable, Sequence
 
-from attention_jax import registry
 from attention_jax.analysis import markdown, tables
 from attention_jax.models.published import PUBLISHED
+from attention_jax.models.registry import create_model, list_models, model_entry
 
 PLACE = 'networks'  # of the table in its file
 FRAMES = 8  # of the video that a network of videos is counted with
@@ -38,7 +38,7 @@ def table(
         ValueError: a name is not registered.
     """
     rows = []
-    for name in registry.list_models() if names is None else names:
+    for name in list_models() if names is None else names:
         progress(name)
         rows.append(row(name))
     return markdown.table(PLACE, (_COLUMNS, _ALIGNMENT, *rows), _LEGEND)
@@ -50,8 +50,8 @@ def row(name: str) -> list[str]:
     Args:
         name: registry name.
     """
-    entry = registry.model_entry(name)
-    network = registry.create_model(name)
+    entry = model_entry(name)
+    network = create_model(name)
     shape, size = (1, *entry.input_size, 3), 'x'.join(map(str, entry.input_size))
     if getattr(network, 'spatial_dims', 2) == 3:
         shape, size = (1, FRAMES, *entry.input_size, 3), f'{FRAMES}x{size}'

@@ -7,6 +7,7 @@ sums are computed in float32 (float64 if the input is) and returned in the input
 from attention_jax.functional import boxes, yolo
 from attention_jax.functional.branches import branch_mean, branch_softmax
 from attention_jax.functional.channel_product import channel_weights, mix_channels
+from attention_jax.functional.contract import contract
 from attention_jax.functional.conv import conv, dense
 from attention_jax.functional.criss_cross import criss_cross_attend, criss_cross_weights
 from attention_jax.functional.dot_product import (
@@ -39,6 +40,7 @@ __all__ = [
     'branch_softmax',
     'channel_mean_and_max',
     'channel_weights',
+    'contract',
     'conv',
     'criss_cross_attend',
     'criss_cross_weights',

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention_jax.functional.broadcast import expand_to
-from attention_jax.functional.normalization import statistics_type
+from attention_jax.functional.dtypes import statistics_type
 
 SMALLEST = 1e-6  # what the union, the diagonal and the heights are clamped at from below
 

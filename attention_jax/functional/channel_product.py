@@ -13,7 +13,7 @@ from jax import lax
 from attention_jax import checks
 from attention_jax.functional import cost
 from attention_jax.functional.dot_product import WEIGHTINGS
-from attention_jax.functional.normalization import statistics_type
+from attention_jax.functional.dtypes import statistics_type
 
 
 def channel_weights(

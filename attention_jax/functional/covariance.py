@@ -11,7 +11,7 @@ from jax import lax
 
 from attention_jax import checks
 from attention_jax.functional import cost
-from attention_jax.functional.normalization import statistics_type
+from attention_jax.functional.dtypes import statistics_type
 
 TRIANGLES = ('upper', 'lower')
 

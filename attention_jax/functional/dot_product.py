@@ -24,7 +24,7 @@ from jax import lax
 from attention_jax import checks
 from attention_jax.functional import attention_kernels, cost
 from attention_jax.functional.broadcast import expand_to
-from attention_jax.functional.normalization import statistics_type
+from attention_jax.functional.dtypes import statistics_type
 
 SIMILARITIES = ('dot', 'cosine', 'gaussian')
 WEIGHTINGS = ('softmax', 'sigmoid', 'mean', 'none')

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention_jax.functional.normalization import statistics_type
+from attention_jax.functional.dtypes import statistics_type
 
 Arrays = tuple[jax.Array, ...]
 _POSITIONS = (1, 2)  # height and width in [b, h, w, g, k]

@@ -9,13 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention_jax.functional.broadcast import expand_to
+from attention_jax.functional.dtypes import statistics_type
 
 Normalized = tuple[jax.Array, jax.Array, jax.Array]
-
-
-def statistics_type(dtype: jnp.dtype) -> jnp.dtype:
-    """The type in which sums and statistics of `dtype` are kept: float32, or float64 for itself."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def batch_norm(

@@ -14,7 +14,7 @@ from attention_jax import checks
 from attention_jax.functional.broadcast import expand_to
 from attention_jax.functional.conv import each_axis, pad_pairs
 from attention_jax.functional.conv_forms import Ints, Pads
-from attention_jax.functional.normalization import statistics_type
+from attention_jax.functional.dtypes import statistics_type
 
 # Windows up to these many taps are sums or maxima of shifted slices; compile time grows with them.
 _MOST_STRIDED_TAPS = 9

@@ -15,7 +15,7 @@ from jax import lax
 
 from attention_jax import checks
 from attention_jax.functional.boxes import ciou, overlap, overlap_ratio
-from attention_jax.functional.normalization import statistics_type
+from attention_jax.functional.dtypes import statistics_type
 from attention_jax.functional.sharding import per_example
 
 BALANCE = {32: 0.4, 16: 1.0}  # weight of the object term at each stride

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from attention_jax import checks, registry
+from attention_jax import checks
 from attention_jax.interop import files, runs, torch
 from attention_jax.interop.pretrained import load_pretrained, read_card, save
+from attention_jax.modules.registry import field_names
 
 FORMS = ('ours', 'torch')
 
@@ -98,7 +99,7 @@ def convert(
 def arguments_of(name: str, module: nn.Module) -> dict[str, Any]:
     """The arguments that create `module` again, but for the type that it computes in."""
     default = torch.build(name, {})[1]
-    fields = set(registry.fields(type(module))) - {'name', 'dtype'}
+    fields = set(field_names(type(module))) - {'name', 'dtype'}
     changed = {f for f in fields if getattr(module, f) != getattr(default, f)}
     if 'attention' in changed:  # another mechanism has a place and arguments of its own
         changed |= {'placement', 'attention_args'}

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from attention_jax import checks, registry
+from attention_jax import checks
+from attention_jax.models.registry import ModelEntry
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 
@@ -91,7 +92,7 @@ def from_dataset(dataset: Mapping[str, Any]) -> Preprocessing:
     )
 
 
-def default(entry: registry.ModelEntry) -> Preprocessing:
+def default(entry: ModelEntry) -> Preprocessing:
     """What is usual for a network where its weights do not say: bicubic if it is timm's."""
     if entry.family in ('darknet', 'yolo'):
         return _pixels(tuple(entry.input_size))

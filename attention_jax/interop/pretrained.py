@@ -18,10 +18,12 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-import attention_jax
-from attention_jax import registry
+from attention_jax import checks
 from attention_jax.interop import files, preprocessing, runs, torch
 from attention_jax.interop.preprocessing import Preprocessing
+from attention_jax.models.registry import ModelEntry, create_model, model_entry
+from attention_jax.modules.registry import field_names, list_attention
+from attention_jax.version import __version__
 
 _CARD = 'attention_jax'  # the card's key in the metadata
 _OURS = 'attention_jax'  # the name of the scheme of our own paths
@@ -120,16 +122,16 @@ def load_pretrained(
             another model or would run code; or arrays that are missing, left over or of another
             shape: they are listed.
     """
-    if name in registry.list_attention():
+    if name in list_attention():
         return _load_attention(name, _open(source), channels, arguments)
-    entry, weights = registry.model_entry(name), _open(source)
+    entry, weights = model_entry(name), _open(source)
     own, arrays = _read_weights(name, weights)
     if weights.path.is_dir():
-        registry.check_arguments(f'the network of {source}', arguments, registry.fields(type(own)))
+        checks.arguments(f'the network of {source}', arguments, field_names(type(own)))
         module = own.clone(**arguments)
     else:
         made_with = weights.card.arguments if weights.card else {}
-        module = registry.create_model(name, **{**made_with, **arguments})
+        module = create_model(name, **{**made_with, **arguments})
     found = _read_own(entry, module, arrays, weights, own, arguments)
     if 'num_classes' not in arguments:
         module = module.clone(num_classes=found.module.num_classes)
@@ -162,7 +164,7 @@ def load_variables(
     Raises:
         ValueError: see `load_pretrained`.
     """
-    entry, weights = registry.model_entry(name), _open(source)
+    entry, weights = model_entry(name), _open(source)
     own, arrays = _read_weights(name, weights)
     given = {field: getattr(module, field, None) for field in ('num_classes', 'attention')}
     found = _read_own(entry, module, arrays, weights, own, given)
@@ -175,7 +177,7 @@ def read_preprocessing(name: str, source: str | os.PathLike[str]) -> Preprocessi
 
     Arguments and errors are those of `load_pretrained`.
     """
-    return _preprocessing(registry.model_entry(name), _open(source))
+    return _preprocessing(model_entry(name), _open(source))
 
 
 def save(
@@ -211,7 +213,7 @@ def save(
         'source': source,
         'licence': licence,
         'preprocessing': preprocessing and preprocessing.as_dict(),
-        'version': attention_jax.__version__,
+        'version': __version__,
     }
     arrays = traverse_util.flatten_dict(dict(variables), sep='/')
     files.write(path, arrays, {_CARD: json.dumps(card, default=_type_name)})
@@ -262,7 +264,7 @@ def _open(source: str | os.PathLike[str]) -> _Weights:
     return _Weights(str(source), path, timm, None if path.is_dir() else read_card(path))
 
 
-def _preprocessing(entry: registry.ModelEntry, weights: _Weights) -> Preprocessing:
+def _preprocessing(entry: ModelEntry, weights: _Weights) -> Preprocessing:
     if weights.path.is_dir():
         return runs.describe(weights.path)[1]
     if weights.card and weights.card.preprocessing:
@@ -302,7 +304,7 @@ class _Own:
 
 
 def _read_own(
-    entry: registry.ModelEntry,
+    entry: ModelEntry,
     module: nn.Module,
     arrays: Mapping[str, np.ndarray],
     weights: _Weights,
@@ -348,9 +350,7 @@ def _read_own(
     return best
 
 
-def _may_lack_mechanism(
-    entry: registry.ModelEntry, module: nn.Module, given: Mapping[str, Any]
-) -> bool:
+def _may_lack_mechanism(entry: ModelEntry, module: nn.Module, given: Mapping[str, Any]) -> bool:
     """Whether weights without a mechanism are taken for a network that has one.
 
     One that is asked for beside the name is new; one that belongs to the name is expected, but for
@@ -399,7 +399,7 @@ def _other_classes(own: _Own, arrays: Mapping[str, np.ndarray], *, headless: boo
 def _check_same(own: nn.Module, module: nn.Module, weights: _Weights) -> None:
     """Raises a ValueError if the network asked for computes another function than its weights'."""
     free = _FREE | (set(_MECHANISM) if getattr(own, 'attention', '') is None else set())
-    for field in registry.fields(type(own)):
+    for field in field_names(type(own)):
         theirs, ours = getattr(own, field), getattr(module, field)
         if field not in free and field != 'name' and theirs != ours:
             raise ValueError(

@@ -17,8 +17,17 @@ from einops import EinopsError, rearrange
 from flax import linen as nn
 from flax import traverse_util
 
-from attention_jax import registry
 from attention_jax.interop.preprocessing import Preprocessing
+from attention_jax.models.registry import ModelEntry, create_model, model_entry
+from attention_jax.modules.registry import (
+    AttentionEntry,
+    ForeignName,
+    TorchName,
+    attention_entry,
+    create_attention,
+    list_attention,
+    names_for,
+)
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]  # our path -> shape and type
 # The foreign names of an array, with its einops pattern if the table gives one.
@@ -168,16 +177,16 @@ def to_state_dict(
 
 def build(name: str, arguments: Mapping[str, Any]) -> tuple[Any, nn.Module]:
     """The registry's entry of a mechanism or network, and the module."""
-    if name in registry.list_attention():
-        return registry.attention_entry(name), registry.create_attention(name, **arguments)
-    return registry.model_entry(name), registry.create_model(name, **arguments)
+    if name in list_attention():
+        return attention_entry(name), create_attention(name, **arguments)
+    return model_entry(name), create_model(name, **arguments)
 
 
 def _schemes(
     entry: Any, module: nn.Module, source: str | None
-) -> Mapping[str, Mapping[str, registry.TorchName]]:
+) -> Mapping[str, Mapping[str, TorchName]]:
     """The naming schemes to try: all of the entry's, the one asked for, or those that begin so."""
-    schemes = registry.torch_names(entry, module)
+    schemes = names_for(entry, module)
     if not schemes:
         raise ValueError(f'{entry.name!r} has no table of PyTorch names')
     if source is None:
@@ -220,7 +229,7 @@ def read(
     Raises:
         ValueError: no table of names, an unknown scheme, or a module that accepts no input.
     """
-    if isinstance(entry, registry.ModelEntry):
+    if isinstance(entry, ModelEntry):
         return read_network(entry, module, arrays, source)[:2]
     best = None
     for attempt in _attempts(entry, module, arrays, source):
@@ -236,7 +245,7 @@ def read(
 
 
 def read_network(
-    entry: registry.ModelEntry,
+    entry: ModelEntry,
     module: nn.Module,
     arrays: Mapping[str, np.ndarray],
     source: str | None = None,
@@ -251,21 +260,21 @@ def read_network(
 
 
 def network_shapes(
-    entry: registry.ModelEntry, module: nn.Module, channels: int
+    entry: ModelEntry, module: nn.Module, channels: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Our path -> shape and type of every variable of a network that reads `channels`."""
     variables = jax.eval_shape(module.init, jax.random.key(0), example(entry, module, channels))
     return traverse_util.flatten_dict(variables, sep='/')
 
 
-def example(entry: registry.ModelEntry, module: nn.Module, channels: int) -> jax.ShapeDtypeStruct:
+def example(entry: ModelEntry, module: nn.Module, channels: int) -> jax.ShapeDtypeStruct:
     """What the network is called with: one image, or one video where it has a time axis."""
     frames = (_TRIAL_FRAMES,) if getattr(module, 'spatial_dims', 2) == 3 else ()
     return jax.ShapeDtypeStruct((1, *frames, *entry.input_size, channels), np.float32)
 
 
 def fit_channels(
-    entry: registry.ModelEntry,
+    entry: ModelEntry,
     module: nn.Module,
     read: Callable[[Shapes], tuple[dict[str, np.ndarray], Report]],
     *,
@@ -297,7 +306,7 @@ def fit_channels(
 
 
 def trial_shapes(
-    entry: registry.AttentionEntry, module: nn.Module, arrays: Mapping[str, np.ndarray]
+    entry: AttentionEntry, module: nn.Module, arrays: Mapping[str, np.ndarray]
 ) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
     """A mechanism's shapes for every number of input channels that the state dict makes plausible.
 
@@ -341,7 +350,7 @@ def _attempts(
 
 def _read(
     arrays: Mapping[str, np.ndarray],
-    names: Mapping[str, registry.TorchName],
+    names: Mapping[str, TorchName],
     find: Callable[[str], _Foreign | None],
     scheme: str,
     leaves: Shapes,
@@ -369,7 +378,7 @@ def _read(
 
 
 def _finder(
-    names: Mapping[registry.ForeignName, registry.TorchName],
+    names: Mapping[ForeignName, TorchName],
 ) -> Callable[[str], _Foreign | None]:
     """A function from our path to the foreign names of the array there, or None.
 
@@ -402,7 +411,7 @@ def _finder(
 
 
 def _line(
-    key: registry.ForeignName,
+    key: ForeignName,
     ours: str,
     extra: Any,
     inner: Callable[[str], _Foreign | None] | None,

@@ -6,9 +6,9 @@ import jax
 from flax import linen as nn
 from jax.nn import initializers
 
-from attention_jax import registry
-from attention_jax.functional.normalization import statistics_type
+from attention_jax.functional.dtypes import statistics_type
 from attention_jax.models.placement import Placement
+from attention_jax.modules.registry import starts_as_identity
 
 
 def attach(
@@ -39,7 +39,7 @@ def attach(
     """
     module = build(name=name)
     y = module(x, train=train)
-    if not identity_init or registry.starts_as_identity(module):
+    if not identity_init or starts_as_identity(module):
         return y
     alpha = parent.param(f'{name}_alpha', initializers.zeros, (1,), parent.param_dtype)
     wide = statistics_type(x.dtype)

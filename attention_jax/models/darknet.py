@@ -9,16 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
 
-from attention_jax import checks, functional, registry
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Conv,
-    Dense,
-    Dtype,
-    Initializer,
-    kaiming_fan_out,
-    torch_kernel,
-)
+from attention_jax import checks, functional
+from attention_jax.functional.dtypes import Dtype
+from attention_jax.models.registry import create_described, register_model
+from attention_jax.modules.initializers import Initializer, kaiming_fan_out, torch_kernel
+from attention_jax.modules.layers import BatchNorm, Conv, Dense
+from attention_jax.modules.registry import ForeignName, TorchName
 
 STRIDE = 32
 
@@ -205,12 +201,12 @@ def check_width(width: float) -> None:
         raise ValueError(f'width must be positive, got {width}')
 
 
-def _torch_names() -> dict[registry.ForeignName, registry.TorchName]:
+def _torch_names() -> dict[ForeignName, TorchName]:
     """Names of weights in the PyTorch backbone; the head, which it lacks, is called `fc`."""
     layers = {f'conv{i}': f'conv{i}' for i in (1, 2, 3)} | {
         f'resblock_body{b}.conv{i}': f'block{b}/conv{i}' for b in (1, 2, 3) for i in (1, 2, 3, 4)
     }
-    names: dict[registry.ForeignName, registry.TorchName] = {'fc.*': 'head/*'}
+    names: dict[ForeignName, TorchName] = {'fc.*': 'head/*'}
     for theirs, ours in layers.items():
         names[f'{theirs}.conv.*'] = f'{ours}/conv/*'
         names[f'{theirs}.bn.*'] = f'{ours}/norm/*'
@@ -222,10 +218,10 @@ TORCH_NAMES = _torch_names()
 
 def _build(num_classes: int | None = 0, **arguments: Any) -> CSPDarknet:
     """Builds the network; None is 0 classes."""
-    return registry.create_described(CSPDarknet, {'num_classes': num_classes or 0}, arguments)
+    return create_described(CSPDarknet, {'num_classes': num_classes or 0}, arguments)
 
 
-registry.register_model(
+register_model(
     'darknet53_tiny',
     _build,
     family='darknet',

@@ -11,17 +11,19 @@ import numpy as np
 from flax import linen as nn
 from jax.nn import initializers
 
-from attention_jax import checks, functional, registry
+from attention_jax import checks, functional
+from attention_jax.functional.dtypes import Dtype
 from attention_jax.models import placement as placements
 from attention_jax.models.attach import attach, run_block
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Conv,
-    Dense,
-    Dtype,
-    Initializer,
-    StochasticDepth,
-    kaiming_fan_out,
+from attention_jax.models.registry import create_described, register_model
+from attention_jax.modules.initializers import Initializer, kaiming_fan_out
+from attention_jax.modules.layers import BatchNorm, Conv, Dense, StochasticDepth
+from attention_jax.modules.registry import (
+    TorchName,
+    TorchNames,
+    attention_entry,
+    create_attention,
+    names_for,
 )
 
 # Expansion, channels, blocks and stride of each stage (table 2 of the paper).
@@ -151,9 +153,7 @@ class MobileNetV2(nn.Module):
         placement = self.resolved_placement()
         builders = [
             self.attention
-            and functools.partial(
-                registry.create_attention, self.attention, **{**types, **arguments}
-            )
+            and functools.partial(create_attention, self.attention, **{**types, **arguments})
             for arguments in self.stage_arguments()
         ]
         depthwise, head = INITIALIZATIONS[self.initialization]
@@ -292,9 +292,9 @@ class InvertedResidual(nn.Module):
 
 def _register(name: str, paper: str, **description: Any) -> None:
     def build(**arguments: Any) -> MobileNetV2:
-        return registry.create_described(MobileNetV2, description, arguments)
+        return create_described(MobileNetV2, description, arguments)
 
-    registry.register_model(name, build, family='mobilenet', paper=paper, torch_names=torch_names)
+    register_model(name, build, family='mobilenet', paper=paper, torch_names=torch_names)
 
 
 def _register_all() -> None:
@@ -352,7 +352,7 @@ def _register_all() -> None:
 # Names in PyTorch.
 
 
-def torch_names(network: MobileNetV2) -> registry.TorchNames:
+def torch_names(network: MobileNetV2) -> TorchNames:
     """Names of weights in the PyTorch MobileNetV2s.
 
     'torchvision' is also ECA's and Triplet's, 'simam' that of ZjjConan/SimAM; 'flat' (d-li14, the
@@ -365,10 +365,10 @@ def torch_names(network: MobileNetV2) -> registry.TorchNames:
     Returns:
         Naming scheme -> foreign name -> our path.
     """
-    tables: Mapping[str, Mapping[str, registry.TorchName]] = {'': {}}
+    tables: Mapping[str, Mapping[str, TorchName]] = {'': {}}
     if network.attention is not None:
-        module = registry.create_attention(network.attention, **network.stage_arguments()[-1])
-        names = registry.torch_names(registry.attention_entry(network.attention), module)
+        module = create_attention(network.attention, **network.stage_arguments()[-1])
+        names = names_for(attention_entry(network.attention), module)
         tables = {f'.{scheme}': table for scheme, table in names.items()}
     return {
         f'{style}{scheme}': _names(network, style, table)
@@ -378,9 +378,9 @@ def torch_names(network: MobileNetV2) -> registry.TorchNames:
 
 
 def _names(
-    network: MobileNetV2, style: str, table: Mapping[str, registry.TorchName]
-) -> dict[str, registry.TorchName]:
-    names: dict[str, registry.TorchName] = {}
+    network: MobileNetV2, style: str, table: Mapping[str, TorchName]
+) -> dict[str, TorchName]:
+    names: dict[str, TorchName] = {}
     placement = network.resolved_placement()
     index = 1  # of a block in one sequence for all, after the stem
     for s, (expansion, _, depth, _) in enumerate(network.rows):

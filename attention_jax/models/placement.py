@@ -10,8 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attention_jax import registry
-from attention_jax.registry import AttentionEntry
+from attention_jax.modules.registry import AttentionEntry, attention_entry
 
 WHERE = {
     'branch': 'on the residual branch after its last norm, before the sum',
@@ -189,7 +188,7 @@ def resolve(
         if text is not None:
             raise ValueError('placement needs attention, got attention=None')
         return None
-    entry = registry.attention_entry(attention)
+    entry = attention_entry(attention)
     text = text or default(entry, depths, block, backbone)
     placement = parse(text, depths, backbone)
     replaces = placement.where in ('conv1', 'conv2')

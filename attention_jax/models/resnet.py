@@ -12,19 +12,13 @@ import numpy as np
 from flax import linen as nn
 from jax.nn import initializers
 
-from attention_jax import checks, functional, registry
+from attention_jax import checks, functional
+from attention_jax.functional.dtypes import Dtype
 from attention_jax.models import placement as placements
 from attention_jax.models.attach import attach, run_block
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Conv,
-    Dense,
-    Dtype,
-    Initializer,
-    StochasticDepth,
-    kaiming_fan_out,
-    torch_kernel,
-)
+from attention_jax.modules.initializers import Initializer, kaiming_fan_out, torch_kernel
+from attention_jax.modules.layers import BatchNorm, Conv, Dense, StochasticDepth
+from attention_jax.modules.registry import attention_entry, create_attention, field_names
 
 _kaiming_fan_in = initializers.variance_scaling(2.0, 'fan_in', 'normal')
 _ACTIVATIONS = {'relu': jax.nn.relu, 'silu': jax.nn.silu}
@@ -282,18 +276,18 @@ class ResNet(nn.Module):
         if self.attention is None:
             return [None] * len(self.depths)
         common = {'param_dtype': self.param_dtype}
-        allowed = registry.fields(registry.attention_entry(self.attention).cls)
+        allowed = field_names(attention_entry(self.attention).cls)
         if self.spatial_dims == 3 and 'spatial_dims' in allowed:
             common['spatial_dims'] = 3
         return [
-            functools.partial(registry.create_attention, self.attention, **{**common, **arguments})
+            functools.partial(create_attention, self.attention, **{**common, **arguments})
             for arguments in self.stage_arguments()
         ]
 
     def _pool(self, x: jax.Array, *, train: bool) -> jax.Array:
         """`[..., h, w, c] -> [b, c']`."""
         if self.pool == 'isqrt_cov':
-            x = registry.create_attention(
+            x = create_attention(
                 'isqrt_cov',
                 **{'param_dtype': self.param_dtype, **(self.pool_args or {})},
                 name='pool',

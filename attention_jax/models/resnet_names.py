@@ -3,10 +3,17 @@
 import dataclasses
 from collections.abc import Mapping
 
-from attention_jax import registry
 from attention_jax.models.resnet import ResNet
+from attention_jax.modules.registry import (
+    ForeignName,
+    TorchName,
+    TorchNames,
+    attention_entry,
+    create_attention,
+    names_for,
+)
 
-Names = Mapping[str, registry.TorchName]
+Names = Mapping[str, TorchName]
 
 # The place of a mechanism in the names of released networks.
 _PREFIXES = {
@@ -36,7 +43,7 @@ class Naming:
     scheme: str | None = None
 
 
-def torch_names(network: ResNet, *, naming: Naming = Naming()) -> registry.TorchNames:
+def torch_names(network: ResNet, *, naming: Naming = Naming()) -> TorchNames:
     """Names of weights in the PyTorch ResNets.
 
     Args:
@@ -48,9 +55,9 @@ def torch_names(network: ResNet, *, naming: Naming = Naming()) -> registry.Torch
     """
     inner: dict[str, tuple[str, Names]] = {naming.backbone: ('', {})}
     if network.attention is not None:
-        entry = registry.attention_entry(network.attention)
-        module = registry.create_attention(entry.name, **network.stage_arguments()[-1])
-        tables = registry.torch_names(entry, module)
+        entry = attention_entry(network.attention)
+        module = create_attention(entry.name, **network.stage_arguments()[-1])
+        tables = names_for(entry, module)
         prefixes = _PREFIXES.get(entry.name, (entry.name,))
         if naming.prefix is not None:
             prefixes = (naming.prefix, *(p for p in prefixes if p != naming.prefix))
@@ -76,7 +83,7 @@ def _torchvision(network: ResNet, prefix: str, table: Names, backbone: str) -> N
     shortcut = 'shortcut' if backbone == 'cifar' else 'downsample'
     head = {'cifar': 'linear', 'legacy': 'last_linear'}.get(backbone, 'fc')
     conv, norm = ('.conv', '.bn') if backbone == 'timm_sk' else ('', '')
-    names: dict[registry.ForeignName, registry.TorchName] = {f'{head}.*': 'head/*'}
+    names: dict[ForeignName, TorchName] = {f'{head}.*': 'head/*'}
     root = 'layer0.' if backbone == 'legacy' else ''
     if network.stem == 'deep' and backbone != 'legacy':
         for i, (theirs, after) in enumerate((('0', '1'), ('3', '4'), ('6', None)), 1):
@@ -87,7 +94,7 @@ def _torchvision(network: ResNet, prefix: str, table: Names, backbone: str) -> N
             names[f'{root}conv{i}.*'] = f'stem_conv{i}/*'
             names[f'{root}bn{i}.*'] = f'stem_norm{i}/*'
     if network.pool == 'isqrt_cov':
-        heads = registry.attention_entry('isqrt_cov').torch_names
+        heads = attention_entry('isqrt_cov').torch_names
         names['**'] = ('pool/**', heads['gsop_net2'])
 
     first = 1 if network.shortcut == 'avg' else 0  # the pool takes a number
@@ -128,7 +135,7 @@ def _torchvision(network: ResNet, prefix: str, table: Names, backbone: str) -> N
 
 def _byob(network: ResNet, prefix: str, table: Names) -> Names:
     """`stages.S.B.conv1_1x1.conv`, each convolution with its norm."""
-    names: dict[registry.ForeignName, registry.TorchName] = {'head.fc.*': 'head/*'}
+    names: dict[ForeignName, TorchName] = {'head.fc.*': 'head/*'}
 
     def pair(theirs: str, conv: str, norm: str) -> None:
         names[f'{theirs}.conv.*'] = conv

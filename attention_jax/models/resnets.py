@@ -4,9 +4,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attention_jax import checks, registry
+from attention_jax import checks
+from attention_jax.models.registry import create_described, register_model
 from attention_jax.models.resnet import ResNet
 from attention_jax.models.resnet_names import Naming, torch_names
+from attention_jax.modules.registry import attention_entry
 
 _DEPTHS = {
     10: ('basic', (1, 1, 1, 1)),
@@ -52,11 +54,11 @@ def _register(
     name: str, description: Mapping[str, Any], *, names: Naming | None = None, **facts: Any
 ) -> None:
     def build(**arguments: Any) -> ResNet:
-        return registry.create_described(ResNet, description, arguments)
+        return create_described(ResNet, description, arguments)
 
     facts = {'family': 'resnet', **facts}
     foreign = functools.partial(torch_names, naming=names or Naming())
-    registry.register_model(name, build, torch_names=foreign, **facts)
+    register_model(name, build, torch_names=foreign, **facts)
 
 
 def _described(depth: int, **more: Any) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def _described(depth: int, **more: Any) -> dict[str, Any]:
 
 def _variant(attention: str, name: str) -> Mapping[str, Any]:
     """The arguments of a mechanism's published form."""
-    return registry.attention_entry(attention).variants[name]
+    return attention_entry(attention).variants[name]
 
 
 def _eca(depth: int) -> Any:
@@ -86,7 +88,7 @@ def _eca(depth: int) -> Any:
         if len(sizes) != 4:
             raise ValueError(f'kernel_size must have one entry a stage, 4, got {len(sizes)}')
         description['attention_args'] = tuple({'kernel_size': k} for k in sizes)
-        return registry.create_described(ResNet, description, arguments)
+        return create_described(ResNet, description, arguments)
 
     return build
 
@@ -270,7 +272,7 @@ def _register_byob() -> None:
 def _register_authors() -> None:
     """A mechanism after each block's last norm, or after each stage."""
     for depth in (18, 34, 50, 101, 152):
-        registry.register_model(
+        register_model(
             f'eca_resnet{depth}',
             _eca(depth),
             family='resnet',

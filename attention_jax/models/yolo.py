@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from attention_jax import checks, functional, registry
+from attention_jax import checks, functional
+from attention_jax.functional.dtypes import Dtype
 from attention_jax.models.attach import attach
 from attention_jax.models.darknet import (
     INITIALIZATIONS,
@@ -20,7 +21,16 @@ from attention_jax.models.darknet import (
     check_width,
     scaled,
 )
-from attention_jax.modules.layers import Conv, Dtype
+from attention_jax.models.registry import create_described, register_model
+from attention_jax.modules.layers import Conv
+from attention_jax.modules.registry import (
+    ForeignName,
+    TorchName,
+    TorchNames,
+    attention_entry,
+    create_attention,
+    names_for,
+)
 
 PLACES = {
     'feat1': "on the backbone's map of stride 16, before it is joined with the upsampled one",
@@ -122,7 +132,7 @@ class YOLOv4Tiny(nn.Module):
                 if getattr(self, name):
                     raise ValueError(f'{name} needs attention, got attention=None')
             return {}
-        entry = registry.attention_entry(self.attention)
+        entry = attention_entry(self.attention)
         if entry.placement == 'none' or entry.replaces_convolution or not entry.preserves_shape:
             raise ValueError(
                 f'attention {self.attention!r} changes the shape, takes several maps or replaces a '
@@ -184,7 +194,7 @@ class YOLOv4Tiny(nn.Module):
             if place not in places:
                 return x
             build = functools.partial(
-                registry.create_attention, self.attention, **{**types, **places[place]}
+                create_attention, self.attention, **{**types, **places[place]}
             )
             name, identity = f'{place}_attention', self.identity_init
             return attach(self, build, name, x, train=train, identity_init=identity)
@@ -235,7 +245,7 @@ def _check_sides(name: str, h: int, w: int) -> None:
 # Names in PyTorch.
 
 # The repository's mechanisms: a scheme of the mechanism's own, or names that are only here.
-_REPOSITORY: dict[str, str | Mapping[registry.ForeignName, registry.TorchName]] = {
+_REPOSITORY: dict[str, str | Mapping[ForeignName, TorchName]] = {
     'se': 'article',
     'cbam': {
         'channelattention.fc1.*': ('channel/fc1/*', 'o i 1 1 -> i o'),
@@ -247,7 +257,7 @@ _REPOSITORY: dict[str, str | Mapping[registry.ForeignName, registry.TorchName]] 
 }
 
 
-def torch_names(network: YOLOv4Tiny) -> registry.TorchNames:
+def torch_names(network: YOLOv4Tiny) -> TorchNames:
     """Names of weights in the PyTorch YOLOv4-tiny, with each of the mechanism's schemes.
 
     'backbone' is the backbone alone, or the classifier that it was; without classes all is so.
@@ -262,7 +272,7 @@ def torch_names(network: YOLOv4Tiny) -> registry.TorchNames:
     alone = {'backbone': {'**': ('backbone/**', TORCH_NAMES), **unused}}
     if not network.num_classes:
         return alone
-    names: dict[registry.ForeignName, registry.TorchName] = {
+    names: dict[ForeignName, TorchName] = {
         'backbone.**': ('backbone/**', TORCH_NAMES),
         'yolo_headP5.1.*': 'head32/*',
         'yolo_headP4.1.*': 'head16/*',
@@ -278,9 +288,9 @@ def torch_names(network: YOLOv4Tiny) -> registry.TorchNames:
     places = network.attention_places()
     if not places:
         return {'yolov4_tiny': names, **alone}
-    entry = registry.attention_entry(network.attention)
-    module = registry.create_attention(entry.name, **next(iter(places.values())))
-    tables = dict(registry.torch_names(entry, module))
+    entry = attention_entry(network.attention)
+    module = create_attention(entry.name, **next(iter(places.values())))
+    tables = dict(names_for(entry, module))
     repository = _REPOSITORY.get(entry.name)
     if isinstance(repository, str):
         tables = {repository: tables[repository]} | tables
@@ -325,9 +335,9 @@ def _register(name: str, num_classes: int, **description: Any) -> None:
     description['num_classes'] = num_classes
 
     def build(**arguments: Any) -> YOLOv4Tiny:
-        return registry.create_described(YOLOv4Tiny, description, arguments)
+        return create_described(YOLOv4Tiny, description, arguments)
 
-    registry.register_model(
+    register_model(
         name,
         build,
         family='yolo',

@@ -8,18 +8,13 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.functional.normalization import statistics_type
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Conv,
-    Dense,
-    Dtype,
-    hidden_width,
-    kaiming_fan_out,
-    rescale,
-    sow_map,
-)
-from attention_jax.registry import TorchName, TorchNames, register_attention
+from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.modules.gating import rescale
+from attention_jax.modules.initializers import kaiming_fan_out
+from attention_jax.modules.layers import BatchNorm, Conv, Dense
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.registry import TorchName, TorchNames, register_attention
+from attention_jax.modules.widths import hidden_width
 
 
 def _torch_names(module: 'BAM') -> TorchNames:
@@ -67,22 +62,6 @@ def _torch_names(module: 'BAM') -> TorchNames:
     }
 
 
-@register_attention(
-    'bam',
-    paper='BAM: Bottleneck Attention Module',
-    arxiv='1807.06514',
-    year=2018,
-    family='mixed',
-    complexity='N C^2 (1/r + k^2/r^2)',
-    placement='stage',
-    variants={
-        'authors': {},
-        'paper': {'combine': 'add'},
-        'paper_norm_output': {'combine': 'add', 'norm_position': 'output'},
-        'xmu': {'channel_layers': 3, 'dilated_layers': 3, 'dilation': 2, 'combine': 'add'},
-    },
-    torch_names=_torch_names,
-)
 class BAM(nn.Module):
     """Bottleneck attention module: a branch per channel and a branch per position make one gate.
 
@@ -193,6 +172,25 @@ class BAM(nn.Module):
         g = jax.nn.sigmoid(channel * spatial if self.combine == 'multiply' else channel + spatial)
         sow_map(self, lambda: g, 'gate')
         return rescale(x, 1 + g if self.residual else g)
+
+
+register_attention(
+    'bam',
+    BAM,
+    paper='BAM: Bottleneck Attention Module',
+    arxiv='1807.06514',
+    year=2018,
+    family='mixed',
+    complexity='N C^2 (1/r + k^2/r^2)',
+    placement='stage',
+    variants={
+        'authors': {},
+        'paper': {'combine': 'add'},
+        'paper_norm_output': {'combine': 'add', 'norm_position': 'output'},
+        'xmu': {'channel_layers': 3, 'dilated_layers': 3, 'dilation': 2, 'combine': 'add'},
+    },
+    torch_names=_torch_names,
+)
 
 
 class _ChannelBranch(nn.Module):

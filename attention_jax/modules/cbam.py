@@ -8,9 +8,12 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.functional.normalization import statistics_type
-from attention_jax.modules.layers import Dense, Dtype, PlaneGate, hidden_width, rescale, sow_map
-from attention_jax.registry import TorchName, register_attention
+from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.modules.gating import PlaneGate, rescale
+from attention_jax.modules.layers import Dense
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.registry import TorchName, register_attention
+from attention_jax.modules.widths import hidden_width
 
 _PAPER = {
     'paper': 'CBAM: Convolutional Block Attention Module',
@@ -54,20 +57,6 @@ def _both(scheme: str, channel: str, spatial: str) -> dict[str, TorchName]:
     }
 
 
-@register_attention(
-    'cbam_channel',
-    **_PAPER,
-    family='channel',
-    complexity='N C + C^2/r',
-    variants={
-        'authors': {},
-        'authors_all_pools': {'pool_types': ('avg', 'max', 'lp', 'lse')},
-        'timm': {'mlp_bias': False},
-        'timm_light': {'mlp_bias': False, 'mode': 'light'},
-        'article': {'reduction': 8, 'mlp_bias': False},
-    },
-    torch_names=_CHANNEL_NAMES,
-)
 class CBAMChannel(nn.Module):
     """The channel half of CBAM: one gate per channel from several pools through one MLP.
 
@@ -144,20 +133,23 @@ class CBAMChannel(nn.Module):
         return rescale(x, g)
 
 
-@register_attention(
-    'cbam_spatial',
+register_attention(
+    'cbam_channel',
+    CBAMChannel,
     **_PAPER,
-    family='spatial',
-    complexity='N (C + k^2)',
+    family='channel',
+    complexity='N C + C^2/r',
     variants={
         'authors': {},
-        'timm': {'pool_order': 'mean_max', 'norm_momentum': 0.9, 'norm_scale_init': 1.0},
-        'timm_light': {'mode': 'light', 'norm_momentum': 0.9, 'norm_scale_init': 1.0},
-        'article': {'pool_order': 'mean_max', 'conv_norm': False},
-        'article_parts': {'pool_order': 'mean_max', 'conv_norm': False, 'conv_bias': True},
+        'authors_all_pools': {'pool_types': ('avg', 'max', 'lp', 'lse')},
+        'timm': {'mlp_bias': False},
+        'timm_light': {'mlp_bias': False, 'mode': 'light'},
+        'article': {'reduction': 8, 'mlp_bias': False},
     },
-    torch_names=_SPATIAL_NAMES,
+    torch_names=_CHANNEL_NAMES,
 )
+
+
 class CBAMSpatial(nn.Module):
     """The spatial half of CBAM: one gate per position from the mean and maximum over channels.
 
@@ -241,54 +233,23 @@ class CBAMSpatial(nn.Module):
         return rescale(x, g)
 
 
-@register_attention(
-    'cbam',
+register_attention(
+    'cbam_spatial',
+    CBAMSpatial,
     **_PAPER,
-    family='mixed',
-    complexity='N (C + k^2) + C^2/r',
+    family='spatial',
+    complexity='N (C + k^2)',
     variants={
         'authors': {},
-        'authors_all_pools': {'pool_types': ('avg', 'max', 'lp', 'lse')},
-        'authors_no_spatial': {'spatial': False},
-        'paper': {'mlp_bias': False, 'pool_order': 'mean_max', 'conv_norm': False},
-        'timm': {
-            'mlp_bias': False,
-            'pool_order': 'mean_max',
-            'norm_momentum': 0.9,
-            'norm_scale_init': 1.0,
-        },
-        'timm_light': {
-            'mlp_bias': False,
-            'mode': 'light',
-            'norm_momentum': 0.9,
-            'norm_scale_init': 1.0,
-        },
-        'article': {
-            'reduction': 8,
-            'mlp_bias': False,
-            'pool_order': 'mean_max',
-            'conv_norm': False,
-        },
+        'timm': {'pool_order': 'mean_max', 'norm_momentum': 0.9, 'norm_scale_init': 1.0},
+        'timm_light': {'mode': 'light', 'norm_momentum': 0.9, 'norm_scale_init': 1.0},
+        'article': {'pool_order': 'mean_max', 'conv_norm': False},
         'article_parts': {'pool_order': 'mean_max', 'conv_norm': False, 'conv_bias': True},
-        'xmu': {
-            'mlp_bias': False,
-            'kernel_size': 49,
-            'conv_norm': False,
-            'conv_bias': True,
-            'residual': True,
-        },
     },
-    torch_names={
-        'authors': _both('authors', 'ChannelGate', 'SpatialGate'),
-        'timm': _both('timm', 'channel', 'spatial'),
-        'article': _both('article', 'channelattention', 'spatialattention'),
-        'article_parts': {
-            **{name: f'channel/{ours}' for name, ours in _CHANNEL_NAMES['article_parts'].items()},
-            **{name: f'spatial/{ours}' for name, ours in _SPATIAL_NAMES['article_parts'].items()},
-        },
-        'xmu': _both('xmu', 'ca', 'sa'),
-    },
+    torch_names=_SPATIAL_NAMES,
 )
+
+
 class CBAM(nn.Module):
     """Convolutional block attention module: a gate per channel, then a gate per position.
 
@@ -377,6 +338,57 @@ class CBAM(nn.Module):
                 name='spatial',
             )(y, train=train)
         return y + x if self.residual else y
+
+
+register_attention(
+    'cbam',
+    CBAM,
+    **_PAPER,
+    family='mixed',
+    complexity='N (C + k^2) + C^2/r',
+    variants={
+        'authors': {},
+        'authors_all_pools': {'pool_types': ('avg', 'max', 'lp', 'lse')},
+        'authors_no_spatial': {'spatial': False},
+        'paper': {'mlp_bias': False, 'pool_order': 'mean_max', 'conv_norm': False},
+        'timm': {
+            'mlp_bias': False,
+            'pool_order': 'mean_max',
+            'norm_momentum': 0.9,
+            'norm_scale_init': 1.0,
+        },
+        'timm_light': {
+            'mlp_bias': False,
+            'mode': 'light',
+            'norm_momentum': 0.9,
+            'norm_scale_init': 1.0,
+        },
+        'article': {
+            'reduction': 8,
+            'mlp_bias': False,
+            'pool_order': 'mean_max',
+            'conv_norm': False,
+        },
+        'article_parts': {'pool_order': 'mean_max', 'conv_norm': False, 'conv_bias': True},
+        'xmu': {
+            'mlp_bias': False,
+            'kernel_size': 49,
+            'conv_norm': False,
+            'conv_bias': True,
+            'residual': True,
+        },
+    },
+    torch_names={
+        'authors': _both('authors', 'ChannelGate', 'SpatialGate'),
+        'timm': _both('timm', 'channel', 'spatial'),
+        'article': _both('article', 'channelattention', 'spatialattention'),
+        'article_parts': {
+            **{name: f'channel/{ours}' for name, ours in _CHANNEL_NAMES['article_parts'].items()},
+            **{name: f'spatial/{ours}' for name, ours in _SPATIAL_NAMES['article_parts'].items()},
+        },
+        'xmu': _both('xmu', 'ca', 'sa'),
+    },
+)
 
 
 def _pool(x: jax.Array, types: tuple[str, ...]) -> list[jax.Array]:

@@ -10,36 +10,14 @@ from jax.nn import initializers
 
 from attention_jax import checks
 from attention_jax.functional import cost
-from attention_jax.functional.normalization import statistics_type
-from attention_jax.modules.layers import Conv, Dense, Dtype, hidden_width, rescale, sow_map
-from attention_jax.registry import register_attention
+from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.modules.gating import rescale
+from attention_jax.modules.layers import Conv, Dense
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.registry import register_attention
+from attention_jax.modules.widths import hidden_width
 
 
-@register_attention(
-    'cgnl',
-    paper='Compact Generalized Non-local Network',
-    arxiv='1810.13125',
-    year=2018,
-    family='positions',
-    complexity='N C^2/r',
-    identity_at_init=lambda module: module.zero_init and module.residual,
-    placement='inserted_before',
-    variants={
-        'authors': {},
-        'authors_scale': {'scale': True},
-        'authors_rbf': {'mode': 'rbf'},
-        'authors_rbf_scale': {'mode': 'rbf', 'scale': True},
-    },
-    torch_names={
-        'authors': {
-            't.*': ('query/*', 'o i 1 1 -> i o'),
-            'p.*': ('key/*', 'o i 1 1 -> i o'),
-            'g.*': ('value/*', 'o i 1 1 -> i o'),
-            'z.*': 'out/*',
-            'gn.*': 'norm/*',
-        }
-    },
-)
 class CGNL(nn.Module):
     """Compact generalized non-local: all positions and channels of a group meet, in linear time.
 
@@ -158,3 +136,31 @@ class CGNL(nn.Module):
             alpha = math.exp(-2 * self.gamma) * (2 * self.gamma) ** o / math.factorial(o)
             y = y * t_wide + alpha * spread[..., None, None, :, o]
         return y.astype(t.dtype)
+
+
+register_attention(
+    'cgnl',
+    CGNL,
+    paper='Compact Generalized Non-local Network',
+    arxiv='1810.13125',
+    year=2018,
+    family='positions',
+    complexity='N C^2/r',
+    identity_at_init=lambda module: module.zero_init and module.residual,
+    placement='inserted_before',
+    variants={
+        'authors': {},
+        'authors_scale': {'scale': True},
+        'authors_rbf': {'mode': 'rbf'},
+        'authors_rbf_scale': {'mode': 'rbf', 'scale': True},
+    },
+    torch_names={
+        'authors': {
+            't.*': ('query/*', 'o i 1 1 -> i o'),
+            'p.*': ('key/*', 'o i 1 1 -> i o'),
+            'g.*': ('value/*', 'o i 1 1 -> i o'),
+            'z.*': 'out/*',
+            'gn.*': 'norm/*',
+        }
+    },
+)

@@ -9,19 +9,13 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks
-from attention_jax.functional.normalization import statistics_type
-from attention_jax.modules.layers import (
-    ACTIVATIONS,
-    GATES,
-    BatchNorm,
-    Dense,
-    Dtype,
-    hidden_width,
-    kaiming_fan_out,
-    rescale,
-    sow_map,
-)
-from attention_jax.registry import TorchName, register_attention
+from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.modules.gating import ACTIVATIONS, GATES, rescale
+from attention_jax.modules.initializers import kaiming_fan_out
+from attention_jax.modules.layers import BatchNorm, Dense
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.registry import TorchName, register_attention
+from attention_jax.modules.widths import hidden_width
 
 _Function = Callable[[jax.Array], jax.Array]
 _ACTIVATIONS: dict[str, _Function] = {**ACTIVATIONS, 'hard_swish': jax.nn.hard_swish}
@@ -37,30 +31,6 @@ def _names(fc1: str, norm: str, fc_h: str, fc_w: str) -> dict[str, TorchName]:
     return names | {f'{norm}.*': 'norm/*'}
 
 
-@register_attention(
-    'coordinate',
-    paper='Coordinate Attention for Efficient Mobile Network Design',
-    arxiv='2103.02907',
-    year=2021,
-    family='mixed',
-    complexity='N C + (H + W) C^2/r',
-    variants={
-        'authors': {},
-        'timm': {'reduction': 24, 'hidden_divisor': 8, 'use_bias': False},
-        'changzy00': {'activation': 'relu', 'gate': 'identity'},
-        'yolov4_tiny': {
-            'reduction': 16,
-            'min_hidden': 1,
-            'use_bias': False,
-            'activation': 'relu',
-        },
-    },
-    torch_names={
-        'authors': _names('conv1', 'bn1', 'conv_h', 'conv_w'),
-        'models': _names('conv1', 'bn1', 'conv2', 'conv3'),
-        'yolov4_tiny': _names('conv_1x1', 'bn', 'F_h', 'F_w'),
-    },
-)
 class CoordinateAttention(nn.Module):
     """Coordinate attention: a gate for each row and one for each column, in every channel.
 
@@ -161,3 +131,30 @@ class CoordinateAttention(nn.Module):
         sow_map(self, lambda: g_w, 'w')
         sow_map(self, lambda: g, 'gate')
         return rescale(x, 1 + g if self.residual else g)
+
+
+register_attention(
+    'coordinate',
+    CoordinateAttention,
+    paper='Coordinate Attention for Efficient Mobile Network Design',
+    arxiv='2103.02907',
+    year=2021,
+    family='mixed',
+    complexity='N C + (H + W) C^2/r',
+    variants={
+        'authors': {},
+        'timm': {'reduction': 24, 'hidden_divisor': 8, 'use_bias': False},
+        'changzy00': {'activation': 'relu', 'gate': 'identity'},
+        'yolov4_tiny': {
+            'reduction': 16,
+            'min_hidden': 1,
+            'use_bias': False,
+            'activation': 'relu',
+        },
+    },
+    torch_names={
+        'authors': _names('conv1', 'bn1', 'conv_h', 'conv_w'),
+        'models': _names('conv1', 'bn1', 'conv2', 'conv3'),
+        'yolov4_tiny': _names('conv_1x1', 'bn', 'F_h', 'F_w'),
+    },
+)

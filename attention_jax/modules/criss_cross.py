@@ -8,16 +8,12 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.modules.layers import (
-    Dense,
-    Dtype,
-    add_scaled,
-    flatten_positions,
-    hidden_width,
-    sow_map,
-    wanted_queries,
-)
-from attention_jax.registry import TorchName, TorchNames, register_attention
+from attention_jax.functional.dtypes import Dtype
+from attention_jax.modules.layers import Dense
+from attention_jax.modules.maps import sow_map, wanted_queries
+from attention_jax.modules.positions import add_scaled, flatten_positions
+from attention_jax.modules.registry import TorchName, TorchNames, register_attention
+from attention_jax.modules.widths import hidden_width
 
 
 def _torch_names(module: 'CrissCrossAttention') -> TorchNames:
@@ -29,17 +25,6 @@ def _torch_names(module: 'CrissCrossAttention') -> TorchNames:
     return {'authors': names}
 
 
-@register_attention(
-    'criss_cross',
-    paper='CCNet: Criss-Cross Attention for Semantic Segmentation',
-    arxiv='1811.11721',
-    year=2019,
-    family='positions',
-    complexity='R N C (H + W + C)',
-    identity_at_init=True,
-    variants={'authors': {}, 'once': {'recurrence': 1}, 'video': {'spatial_dims': 3}},
-    torch_names=_torch_names,
-)
 class CrissCrossAttention(nn.Module):
     """Criss-cross attention: each position gathers from its row and column, several times over.
 
@@ -122,3 +107,17 @@ class CrissCrossAttention(nn.Module):
         every = flatten_positions(weights, self.spatial_dims)
         rows = wanted_queries(every)
         return weights if rows is every else rows
+
+
+register_attention(
+    'criss_cross',
+    CrissCrossAttention,
+    paper='CCNet: Criss-Cross Attention for Semantic Segmentation',
+    arxiv='1811.11721',
+    year=2019,
+    family='positions',
+    complexity='R N C (H + W + C)',
+    identity_at_init=True,
+    variants={'authors': {}, 'once': {'recurrence': 1}, 'video': {'spatial_dims': 3}},
+    torch_names=_torch_names,
+)

@@ -11,16 +11,11 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Dense,
-    Dtype,
-    attend_positions,
-    flatten_positions,
-    hidden_width,
-    logit_scale,
-)
-from attention_jax.registry import register_attention
+from attention_jax.functional.dtypes import Dtype
+from attention_jax.modules.layers import BatchNorm, Dense
+from attention_jax.modules.positions import attend_positions, flatten_positions, logit_scale
+from attention_jax.modules.registry import register_attention
+from attention_jax.modules.widths import hidden_width
 
 
 def _context_channels(arrays: Mapping[str, Any]) -> tuple[tuple[int, ...]]:
@@ -33,36 +28,6 @@ def _context_channels(arrays: Mapping[str, Any]) -> tuple[tuple[int, ...]]:
     return (tuple(found[r] for r in sorted(found)),)
 
 
-@register_attention(
-    'cross_layer_non_local',
-    paper='Associating Multi-scale Receptive Fields for Fine-grained Recognition',
-    arxiv='2005.09153',
-    year=2020,
-    family='positions',
-    complexity='N M C/r + (N + M) C^2/r',
-    identity_at_init=lambda module: module.zero_init and module.residual,
-    placement='none',
-    variants={
-        'authors': {},
-        'positions': {'layout': 'positions'},
-        'article': {
-            'layout': 'positions',
-            'normalization': None,
-            'residual': False,
-            'zero_init': False,
-        },
-    },
-    torch_names={
-        'authors': {
-            't.*': ('query/*', 'o i 1 1 -> i o'),
-            'z.*': ('out/*', 'o i 1 1 -> i o'),
-            'p{r}.*': ('key_{r}/*', 'o i 1 1 -> i o'),
-            'g{r}.*': ('value_{r}/*', 'o i 1 1 -> i o'),
-            'bn{r}.*': 'norm_{r}/*',
-        }
-    },
-    context_channels=_context_channels,
-)
 class CrossLayerNonLocal(nn.Module):
     """Each position of one map gathers from all positions of other layers' maps.
 
@@ -198,3 +163,36 @@ class CrossLayerNonLocal(nn.Module):
                     f'x, got shape {response.shape}'
                 )
             checks.feature_map(response, name='others')
+
+
+register_attention(
+    'cross_layer_non_local',
+    CrossLayerNonLocal,
+    paper='Associating Multi-scale Receptive Fields for Fine-grained Recognition',
+    arxiv='2005.09153',
+    year=2020,
+    family='positions',
+    complexity='N M C/r + (N + M) C^2/r',
+    identity_at_init=lambda module: module.zero_init and module.residual,
+    placement='none',
+    variants={
+        'authors': {},
+        'positions': {'layout': 'positions'},
+        'article': {
+            'layout': 'positions',
+            'normalization': None,
+            'residual': False,
+            'zero_init': False,
+        },
+    },
+    torch_names={
+        'authors': {
+            't.*': ('query/*', 'o i 1 1 -> i o'),
+            'z.*': ('out/*', 'o i 1 1 -> i o'),
+            'p{r}.*': ('key_{r}/*', 'o i 1 1 -> i o'),
+            'g{r}.*': ('value_{r}/*', 'o i 1 1 -> i o'),
+            'bn{r}.*': 'norm_{r}/*',
+        }
+    },
+    context_channels=_context_channels,
+)

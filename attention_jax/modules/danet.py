@@ -8,19 +8,12 @@ from flax import linen as nn
 
 from attention_jax import checks
 from attention_jax.functional import cost
-from attention_jax.functional.normalization import statistics_type
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Conv,
-    Dense,
-    Dtype,
-    add_gained,
-    attend_positions,
-    flatten_positions,
-    hidden_width,
-    sow_map,
-)
-from attention_jax.registry import TorchName, register_attention
+from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.modules.layers import BatchNorm, Conv, Dense
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.positions import add_gained, attend_positions, flatten_positions
+from attention_jax.modules.registry import TorchName, register_attention
+from attention_jax.modules.widths import hidden_width
 
 _PAPER = {
     'paper': 'Dual Attention Network for Scene Segmentation',
@@ -36,15 +29,6 @@ _POSITION_NAMES: dict[str, TorchName] = {
 _CHANNEL_NAMES: dict[str, TorchName] = {'gamma': 'gamma'}
 
 
-@register_attention(
-    'pam',
-    **_PAPER,
-    family='positions',
-    complexity='N^2 C + N C^2',
-    identity_at_init=True,
-    variants={'authors': {}},
-    torch_names={'authors': _POSITION_NAMES},
-)
 class PositionAttention(nn.Module):
     """Position attention: every position gathers from every other, unscaled.
 
@@ -105,15 +89,18 @@ class PositionAttention(nn.Module):
         return add_gained(self, x, y.reshape(x.shape))
 
 
-@register_attention(
-    'cam',
+register_attention(
+    'pam',
+    PositionAttention,
     **_PAPER,
-    family='channel',
-    complexity='N C^2',
+    family='positions',
+    complexity='N^2 C + N C^2',
     identity_at_init=True,
-    variants={'authors': {}, 'paper': {'similarity': 'dot'}},
-    torch_names={'authors': _CHANNEL_NAMES},
+    variants={'authors': {}},
+    torch_names={'authors': _POSITION_NAMES},
 )
+
+
 class ChannelAffinityAttention(nn.Module):
     """Channel attention of DANet: every channel gathers from the channels that differ from it.
 
@@ -171,31 +158,18 @@ class ChannelAffinityAttention(nn.Module):
         return add_gained(self, x, y)
 
 
-@register_attention(
-    'danet_head',
+register_attention(
+    'cam',
+    ChannelAffinityAttention,
     **_PAPER,
-    family='mixed',
-    complexity='N^2 C + N C^2 k^2',
-    preserves_shape=False,
-    placement='none',
-    torch_names={
-        'authors': {
-            'conv5a.0.*': 'position_in/conv/*',
-            'conv5a.1.*': 'position_in/norm/*',
-            'conv5c.0.*': 'channel_in/conv/*',
-            'conv5c.1.*': 'channel_in/norm/*',
-            'sa.**': ('position/**', _POSITION_NAMES),
-            'sc.**': ('channel/**', _CHANNEL_NAMES),
-            'conv51.0.*': 'position_out/conv/*',
-            'conv51.1.*': 'position_out/norm/*',
-            'conv52.0.*': 'channel_out/conv/*',
-            'conv52.1.*': 'channel_out/norm/*',
-            'conv6.1.*': ('position_logits/*', 'o i 1 1 -> i o'),
-            'conv7.1.*': ('channel_logits/*', 'o i 1 1 -> i o'),
-            'conv8.1.*': ('fused_logits/*', 'o i 1 1 -> i o'),
-        }
-    },
+    family='channel',
+    complexity='N C^2',
+    identity_at_init=True,
+    variants={'authors': {}, 'paper': {'similarity': 'dot'}},
+    torch_names={'authors': _CHANNEL_NAMES},
 )
+
+
 class DANetHead(nn.Module):
     """Segmentation head of DANet: position and channel attention side by side.
 
@@ -269,6 +243,34 @@ class DANetHead(nn.Module):
             classify(position, 'position_logits'),
             classify(channel, 'channel_logits'),
         )
+
+
+register_attention(
+    'danet_head',
+    DANetHead,
+    **_PAPER,
+    family='mixed',
+    complexity='N^2 C + N C^2 k^2',
+    preserves_shape=False,
+    placement='none',
+    torch_names={
+        'authors': {
+            'conv5a.0.*': 'position_in/conv/*',
+            'conv5a.1.*': 'position_in/norm/*',
+            'conv5c.0.*': 'channel_in/conv/*',
+            'conv5c.1.*': 'channel_in/norm/*',
+            'sa.**': ('position/**', _POSITION_NAMES),
+            'sc.**': ('channel/**', _CHANNEL_NAMES),
+            'conv51.0.*': 'position_out/conv/*',
+            'conv51.1.*': 'position_out/norm/*',
+            'conv52.0.*': 'channel_out/conv/*',
+            'conv52.1.*': 'channel_out/norm/*',
+            'conv6.1.*': ('position_logits/*', 'o i 1 1 -> i o'),
+            'conv7.1.*': ('channel_logits/*', 'o i 1 1 -> i o'),
+            'conv8.1.*': ('fused_logits/*', 'o i 1 1 -> i o'),
+        }
+    },
+)
 
 
 class _ConvNorm(nn.Module):

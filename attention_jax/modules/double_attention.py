@@ -10,18 +10,13 @@ from jax.nn import initializers
 
 from attention_jax import checks
 from attention_jax.functional import cost
-from attention_jax.functional.normalization import statistics_type
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Dense,
-    Dtype,
-    flatten_positions,
-    hidden_width,
-    sow_map,
-    torch_kernel,
-    wanted_queries,
-)
-from attention_jax.registry import register_attention
+from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.modules.initializers import torch_kernel
+from attention_jax.modules.layers import BatchNorm, Dense
+from attention_jax.modules.maps import sow_map, wanted_queries
+from attention_jax.modules.positions import flatten_positions
+from attention_jax.modules.registry import register_attention
+from attention_jax.modules.widths import hidden_width
 
 _DOUBLE_ATTEN = {
     'reduction': 1,
@@ -32,33 +27,6 @@ _DOUBLE_ATTEN = {
 }
 
 
-@register_attention(
-    'double_attention',
-    paper='A2-Nets: Double Attention Networks',
-    arxiv='1810.11579',
-    year=2018,
-    family='positions',
-    complexity='N C^2/r',
-    identity_at_init=lambda module: module.zero_init and module.residual,
-    placement='inserted',
-    variants={
-        'paper': {},
-        'paper_pairwise': {'association': 'pairwise'},
-        'video': {'spatial_dims': 3},
-        'batch_norm': {'normalization': 'batch', 'zero_init': True},
-        'nguyenvo09': {'residual': False},
-        'nguyenvo09_core': {'reduction': 1, 'reconstruct': False, 'residual': False},
-        'double_atten': _DOUBLE_ATTEN,
-    },
-    torch_names={
-        'authors': {
-            'convA.*': ('feature/*', 'o i 1 1 -> i o'),
-            'convB.*': ('gather/*', 'o i 1 1 -> i o'),
-            'convV.*': ('distribute/*', 'o i 1 1 -> i o'),
-            'conv_reconstruct.*': ('out/*', 'o i 1 1 -> i o'),
-        }
-    },
-)
 class DoubleAttention(nn.Module):
     """Double attention: a few descriptors of the whole map, handed back to every position.
 
@@ -209,6 +177,36 @@ class DoubleAttention(nn.Module):
             sow_map(
                 self, lambda: _pairs(wanted_queries(rows(distribute)), rows(gather)), 'pair_map'
             )
+
+
+register_attention(
+    'double_attention',
+    DoubleAttention,
+    paper='A2-Nets: Double Attention Networks',
+    arxiv='1810.11579',
+    year=2018,
+    family='positions',
+    complexity='N C^2/r',
+    identity_at_init=lambda module: module.zero_init and module.residual,
+    placement='inserted',
+    variants={
+        'paper': {},
+        'paper_pairwise': {'association': 'pairwise'},
+        'video': {'spatial_dims': 3},
+        'batch_norm': {'normalization': 'batch', 'zero_init': True},
+        'nguyenvo09': {'residual': False},
+        'nguyenvo09_core': {'reduction': 1, 'reconstruct': False, 'residual': False},
+        'double_atten': _DOUBLE_ATTEN,
+    },
+    torch_names={
+        'authors': {
+            'convA.*': ('feature/*', 'o i 1 1 -> i o'),
+            'convB.*': ('gather/*', 'o i 1 1 -> i o'),
+            'convV.*': ('distribute/*', 'o i 1 1 -> i o'),
+            'conv_reconstruct.*': ('out/*', 'o i 1 1 -> i o'),
+        }
+    },
+)
 
 
 def _softmax(logits: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:

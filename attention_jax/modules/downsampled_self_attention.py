@@ -8,16 +8,16 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.modules.layers import (
-    Dense,
-    Dtype,
+from attention_jax.functional.dtypes import Dtype
+from attention_jax.modules.layers import Dense
+from attention_jax.modules.positions import (
     add_gained,
     attend_positions,
     flatten_positions,
-    hidden_width,
     logit_scale,
 )
-from attention_jax.registry import TorchNames, register_attention
+from attention_jax.modules.registry import TorchNames, register_attention
+from attention_jax.modules.widths import hidden_width
 
 
 def _torch_names(module: 'DownsampledSelfAttention') -> TorchNames:
@@ -26,21 +26,6 @@ def _torch_names(module: 'DownsampledSelfAttention') -> TorchNames:
     return {'authors': layers | {'gamma': 'gamma' if module.use_gamma else None}}
 
 
-@register_attention(
-    'downsampled_self_attention',
-    paper='A Spatial-Temporal Attention-Based Method and a New Dataset for Remote Sensing Image '
-    'Change Detection',
-    year=2020,
-    family='positions',
-    complexity='N C + N C^2/s^2 + N^2 C/s^4',
-    variants={
-        'authors': {},
-        'command_line': {'pool_size': 1},
-        'bilinear': {'resize': 'bilinear'},
-        'gamma': {'use_gamma': True},
-    },
-    torch_names=_torch_names,
-)
 class DownsampledSelfAttention(nn.Module):
     """Self-attention between the cells of an averaged map, spread over the map again.
 
@@ -127,3 +112,21 @@ class DownsampledSelfAttention(nn.Module):
         y = functional.upsample(y.reshape(p.shape), self.pool_size, self.resize)
         start = x if self.residual else jnp.zeros_like(x)
         return add_gained(self, start, y) if self.use_gamma else start + y
+
+
+register_attention(
+    'downsampled_self_attention',
+    DownsampledSelfAttention,
+    paper='A Spatial-Temporal Attention-Based Method and a New Dataset for Remote Sensing Image '
+    'Change Detection',
+    year=2020,
+    family='positions',
+    complexity='N C + N C^2/s^2 + N^2 C/s^4',
+    variants={
+        'authors': {},
+        'command_line': {'pool_size': 1},
+        'bilinear': {'resize': 'bilinear'},
+        'gamma': {'use_gamma': True},
+    },
+    torch_names=_torch_names,
+)

@@ -11,40 +11,15 @@ from jax.nn import initializers
 from attention_jax import checks, functional
 from attention_jax.functional import cost
 from attention_jax.functional.broadcast import expand_to
-from attention_jax.modules.layers import (
-    Conv,
-    Dtype,
-    gate,
-    hidden_width,
-    rescale,
-    sow_map,
-    torch_bias,
-    torch_kernel,
-)
-from attention_jax.registry import register_attention
+from attention_jax.functional.dtypes import Dtype
+from attention_jax.modules.gating import gate, rescale
+from attention_jax.modules.initializers import torch_bias, torch_kernel
+from attention_jax.modules.layers import Conv
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.registry import register_attention
+from attention_jax.modules.widths import hidden_width
 
 
-@register_attention(
-    'eca',
-    paper='ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks',
-    arxiv='1910.03151',
-    year=2020,
-    family='channel',
-    complexity='N C + k C',
-    variants={
-        'authors': {},
-        'paper': {'kernel_size': None},
-        'per_channel': {'mode': 'per_channel'},
-        'article': {'use_bias': True},
-        'timm': {'kernel_size': None, 'min_kernel_size': 3},
-        'timm_circular': {'kernel_size': None, 'min_kernel_size': 3, 'padding': 'circular'},
-        'timm_mlp': {'kernel_size': None, 'min_kernel_size': 3, 'mode': 'mlp'},
-    },
-    torch_names={
-        'authors': {'conv.*': 'conv/*', 'conv.weight': ('kernel', 'c 1 k -> c k')},
-        'timm_mlp': {'conv.*': 'conv1/*', 'conv2.*': 'conv2/*'},
-    },
-)
 class EfficientChannelAttention(nn.Module):
     """Efficient channel attention: each channel's gate sees the means of its k neighbours.
 
@@ -145,6 +120,30 @@ class EfficientChannelAttention(nn.Module):
         g = to_gate(v)
         sow_map(self, lambda: g)
         return rescale(x, g)
+
+
+register_attention(
+    'eca',
+    EfficientChannelAttention,
+    paper='ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks',
+    arxiv='1910.03151',
+    year=2020,
+    family='channel',
+    complexity='N C + k C',
+    variants={
+        'authors': {},
+        'paper': {'kernel_size': None},
+        'per_channel': {'mode': 'per_channel'},
+        'article': {'use_bias': True},
+        'timm': {'kernel_size': None, 'min_kernel_size': 3},
+        'timm_circular': {'kernel_size': None, 'min_kernel_size': 3, 'padding': 'circular'},
+        'timm_mlp': {'kernel_size': None, 'min_kernel_size': 3, 'mode': 'mlp'},
+    },
+    torch_names={
+        'authors': {'conv.*': 'conv/*', 'conv.weight': ('kernel', 'c 1 k -> c k')},
+        'timm_mlp': {'conv.*': 'conv1/*', 'conv2.*': 'conv2/*'},
+    },
+)
 
 
 def nearest_odd(channels: int, gamma: float, beta: float, minimum: int) -> int:

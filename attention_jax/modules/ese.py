@@ -6,24 +6,13 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.modules.layers import Dense, Dtype, gate, rescale, sow_map
-from attention_jax.registry import register_attention
+from attention_jax.functional.dtypes import Dtype
+from attention_jax.modules.gating import gate, rescale
+from attention_jax.modules.layers import Dense
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.registry import register_attention
 
 
-@register_attention(
-    'ese',
-    paper='CenterMask: Real-Time Anchor-Free Instance Segmentation',
-    arxiv='1911.06667',
-    year=2020,
-    family='channel',
-    complexity='N C + C^2',
-    variants={
-        'authors': {},
-        'timm_add_maxpool': {'squeeze': 'average_max'},
-        'sigmoid': {'gate': 'sigmoid'},
-    },
-    torch_names={'authors': {'fc.*': ('fc/*', 'o i 1 1 -> i o')}},
-)
 class EffectiveSqueezeExcite(nn.Module):
     """Effective squeeze-and-excitation (eSE): one full layer from the means to the gates.
 
@@ -89,3 +78,20 @@ class EffectiveSqueezeExcite(nn.Module):
         g = to_gate(v)
         sow_map(self, lambda: g)
         return rescale(x, g)
+
+
+register_attention(
+    'ese',
+    EffectiveSqueezeExcite,
+    paper='CenterMask: Real-Time Anchor-Free Instance Segmentation',
+    arxiv='1911.06667',
+    year=2020,
+    family='channel',
+    complexity='N C + C^2',
+    variants={
+        'authors': {},
+        'timm_add_maxpool': {'squeeze': 'average_max'},
+        'sigmoid': {'gate': 'sigmoid'},
+    },
+    torch_names={'authors': {'fc.*': ('fc/*', 'o i 1 1 -> i o')}},
+)

@@ -13,17 +13,12 @@ from jax.nn import initializers
 from attention_jax import checks, functional
 from attention_jax.functional import cost
 from attention_jax.functional.broadcast import expand_to
-from attention_jax.functional.normalization import statistics_type
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Dtype,
-    Initializer,
-    activation,
-    kaiming_fan_out,
-    sow_map,
-    torch_bias,
-)
-from attention_jax.registry import register_attention
+from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.modules.gating import activation
+from attention_jax.modules.initializers import Initializer, kaiming_fan_out, torch_bias
+from attention_jax.modules.layers import BatchNorm
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.registry import register_attention
 
 _PAPER = {
     'paper': 'Beyond Self-attention: External Attention using Two Linear Layers for Visual Tasks',
@@ -36,28 +31,6 @@ _WEIGHTINGS = ('double', 'softmax')
 _CORE = {'projection': False, 'residual': False, 'activation': None, 'memory_tie': 'none'}
 
 
-@register_attention(
-    'external_attention',
-    **_PAPER,
-    family='positions',
-    complexity='N C (C + M)',
-    variants={
-        'authors': {},
-        'authors_tied': {'memory_tie': 'always'},
-        'xmu': {**_CORE, 'epsilon': 0.0},
-        'article': {**_CORE, 'weighting': 'softmax'},
-    },
-    torch_names={
-        'authors': {
-            'conv1.*': ('in_projection/*', 'o i 1 1 -> i o'),
-            'linear_0.*': ('memory_key/*', 'o i 1 -> i o'),
-            'linear_1.*': ('memory_value/*', 'o i 1 -> i o'),
-            'conv2.0.*': ('out_projection/*', 'o i 1 1 -> i o'),
-            'conv2.1.*': 'norm/*',
-        },
-        'xmu': {'mk.*': 'memory_key/*', 'mv.*': 'memory_value/*'},
-    },
-)
 class ExternalAttention(nn.Module):
     """External attention: every position reads a memory of k units, in time linear in positions.
 
@@ -164,21 +137,31 @@ class ExternalAttention(nn.Module):
         return act(y + x if self.residual else y)
 
 
-@register_attention(
-    'multihead_external_attention',
+register_attention(
+    'external_attention',
+    ExternalAttention,
     **_PAPER,
     family='positions',
     complexity='N C (C + M)',
-    variants={'authors': {}, 'eamlp_7': {'heads': 4}},
+    variants={
+        'authors': {},
+        'authors_tied': {'memory_tie': 'always'},
+        'xmu': {**_CORE, 'epsilon': 0.0},
+        'article': {**_CORE, 'weighting': 'softmax'},
+    },
     torch_names={
         'authors': {
-            'trans_dims.*': 'in_projection/*',
-            'linear_0.*': 'memory_key/*',
-            'linear_1.*': 'memory_value/*',
-            'proj.*': 'out_projection/*',
-        }
+            'conv1.*': ('in_projection/*', 'o i 1 1 -> i o'),
+            'linear_0.*': ('memory_key/*', 'o i 1 -> i o'),
+            'linear_1.*': ('memory_value/*', 'o i 1 -> i o'),
+            'conv2.0.*': ('out_projection/*', 'o i 1 1 -> i o'),
+            'conv2.1.*': 'norm/*',
+        },
+        'xmu': {'mk.*': 'memory_key/*', 'mv.*': 'memory_value/*'},
     },
 )
+
+
 class MultiHeadExternalAttention(nn.Module):
     """Multi-head external attention: all heads read one memory of k units.
 
@@ -278,6 +261,24 @@ class MultiHeadExternalAttention(nn.Module):
                 default=lambda x, layers: _read(weigh(x, layers).astype(x.dtype), layers),
             )
         return drop(self.dropout_rate)(y)
+
+
+register_attention(
+    'multihead_external_attention',
+    MultiHeadExternalAttention,
+    **_PAPER,
+    family='positions',
+    complexity='N C (C + M)',
+    variants={'authors': {}, 'eamlp_7': {'heads': 4}},
+    torch_names={
+        'authors': {
+            'trans_dims.*': 'in_projection/*',
+            'linear_0.*': 'memory_key/*',
+            'linear_1.*': 'memory_value/*',
+            'proj.*': 'out_projection/*',
+        }
+    },
+)
 
 
 class _Weights(nn.Module):

@@ -10,19 +10,13 @@ from jax.nn import initializers
 
 from attention_jax import checks, functional
 from attention_jax.functional import cost
-from attention_jax.functional.normalization import statistics_type
-from attention_jax.modules.layers import (
-    Dense,
-    Dtype,
-    Initializer,
-    LayerNorm,
-    gate,
-    hidden_width,
-    rescale,
-    sow_map,
-    torch_kernel,
-)
-from attention_jax.registry import TorchName, register_attention
+from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.modules.gating import gate, rescale
+from attention_jax.modules.initializers import Initializer, torch_kernel
+from attention_jax.modules.layers import Dense, LayerNorm
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.registry import TorchName, register_attention
+from attention_jax.modules.widths import hidden_width
 
 
 def _branch_names(theirs: str, ours: str) -> dict[str, TorchName]:
@@ -42,41 +36,6 @@ def _timm_names(theirs: str, ours: str) -> dict[str, TorchName]:
     }
 
 
-@register_attention(
-    'gc',
-    paper='GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond',
-    arxiv='1904.11492',
-    year=2019,
-    family='positions',
-    complexity='N C + C^2/r',
-    identity_at_init=lambda module: module.zero_init and module.fusion == ('add',),
-    placement='branch_but_first',
-    variants={
-        'authors': {},
-        'authors_r4': {'reduction': 4},
-        'authors_average': {'pooling': 'average'},
-        'authors_multiply': {'fusion': ('multiply',)},
-        'authors_both': {'fusion': ('add', 'multiply')},
-        'simplified_non_local': {'transform': 'linear'},
-        'timm': {'reduction': 8, 'fusion': ('multiply',), 'norm_eps': 1e-6},
-    },
-    torch_names={
-        'authors': {
-            'conv_mask.*': ('mask/*', 'o i 1 1 -> i o'),
-            **_branch_names('channel_add_conv', 'add'),
-            **_branch_names('channel_mul_conv', 'multiply'),
-        },
-        'timm': {
-            'conv_attn.*': ('mask/*', 'o i 1 1 -> i o'),
-            **_timm_names('mlp_add', 'add'),
-            **_timm_names('mlp_scale', 'multiply'),
-        },
-        'simplified_non_local': {
-            'conv_mask.*': ('mask/*', 'o i 1 1 -> i o'),
-            'transform.*': ('add/expand/*', 'o i 1 1 -> i o'),
-        },
-    },
-)
 class GlobalContext(nn.Module):
     """Global context: one attention map for all queries, and a bottleneck on what it gathers.
 
@@ -180,6 +139,44 @@ class GlobalContext(nn.Module):
         sow_map(self, lambda: weights)
         cost.add('matmul', x.size)
         return lax.platform_dependent(weights, x, cpu=_sum_of_rows, default=_sum_over_map)
+
+
+register_attention(
+    'gc',
+    GlobalContext,
+    paper='GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond',
+    arxiv='1904.11492',
+    year=2019,
+    family='positions',
+    complexity='N C + C^2/r',
+    identity_at_init=lambda module: module.zero_init and module.fusion == ('add',),
+    placement='branch_but_first',
+    variants={
+        'authors': {},
+        'authors_r4': {'reduction': 4},
+        'authors_average': {'pooling': 'average'},
+        'authors_multiply': {'fusion': ('multiply',)},
+        'authors_both': {'fusion': ('add', 'multiply')},
+        'simplified_non_local': {'transform': 'linear'},
+        'timm': {'reduction': 8, 'fusion': ('multiply',), 'norm_eps': 1e-6},
+    },
+    torch_names={
+        'authors': {
+            'conv_mask.*': ('mask/*', 'o i 1 1 -> i o'),
+            **_branch_names('channel_add_conv', 'add'),
+            **_branch_names('channel_mul_conv', 'multiply'),
+        },
+        'timm': {
+            'conv_attn.*': ('mask/*', 'o i 1 1 -> i o'),
+            **_timm_names('mlp_add', 'add'),
+            **_timm_names('mlp_scale', 'multiply'),
+        },
+        'simplified_non_local': {
+            'conv_mask.*': ('mask/*', 'o i 1 1 -> i o'),
+            'transform.*': ('add/expand/*', 'o i 1 1 -> i o'),
+        },
+    },
+)
 
 
 def _sum_over_map(weights: jax.Array, x: jax.Array) -> jax.Array:

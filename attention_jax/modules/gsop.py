@@ -11,17 +11,12 @@ from jax.nn import initializers
 from attention_jax import checks, functional
 from attention_jax.functional import cost, covariance
 from attention_jax.functional.broadcast import expand_to
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Conv,
-    Dense,
-    Dtype,
-    kaiming_fan_out,
-    rescale,
-    sow_map,
-    torch_bias,
-)
-from attention_jax.registry import TorchName, register_attention
+from attention_jax.functional.dtypes import Dtype
+from attention_jax.modules.gating import rescale
+from attention_jax.modules.initializers import kaiming_fan_out, torch_bias
+from attention_jax.modules.layers import BatchNorm, Conv, Dense
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.registry import TorchName, register_attention
 
 _MODES = ('channel', 'position', 'fusion_avg', 'fusion_max', 'fusion_concat')
 _ACTIVATIONS = {
@@ -41,34 +36,6 @@ def _branch_names(theirs: str, rows: str, ours: str) -> dict[str, TorchName]:
     }
 
 
-@register_attention(
-    'gsop',
-    paper='Global Second-order Pooling Convolutional Networks',
-    arxiv='1811.12006',
-    year=2019,
-    family='mixed',
-    complexity='N d (C + d) + d C',
-    placement='last_block',
-    variants={
-        'authors': {},
-        'authors_stage1': {'strides': 2},
-        'authors_position': {'mode': 'position'},
-        'authors_fusion_avg': {'mode': 'fusion_avg'},
-        'authors_fusion_max': {'mode': 'fusion_max'},
-        'authors_fusion_concat': {'mode': 'fusion_concat'},
-        'leaky_relu': {'channel_activation': 'leaky_relu'},
-        'true_covariance': {'mode': 'position', 'position_centering': 'channels'},
-    },
-    torch_names={
-        'authors': {
-            **_branch_names('', '', 'channel'),
-            **_branch_names('_spatial', '_for_spatial', 'position'),
-            'dilate_conv_for_concat1.*': 'concat_channel/*',
-            'dilate_conv_for_concat2.*': 'concat_position/*',
-            'bn_for_concat.*': 'concat_norm/*',
-        }
-    },
-)
 class GlobalSecondOrderPooling(nn.Module):
     """Global second-order pooling: gates from the covariances of channels, or of positions.
 
@@ -254,6 +221,37 @@ class GlobalSecondOrderPooling(nn.Module):
             param_dtype=self.param_dtype,
             name=name,
         )(y)
+
+
+register_attention(
+    'gsop',
+    GlobalSecondOrderPooling,
+    paper='Global Second-order Pooling Convolutional Networks',
+    arxiv='1811.12006',
+    year=2019,
+    family='mixed',
+    complexity='N d (C + d) + d C',
+    placement='last_block',
+    variants={
+        'authors': {},
+        'authors_stage1': {'strides': 2},
+        'authors_position': {'mode': 'position'},
+        'authors_fusion_avg': {'mode': 'fusion_avg'},
+        'authors_fusion_max': {'mode': 'fusion_max'},
+        'authors_fusion_concat': {'mode': 'fusion_concat'},
+        'leaky_relu': {'channel_activation': 'leaky_relu'},
+        'true_covariance': {'mode': 'position', 'position_centering': 'channels'},
+    },
+    torch_names={
+        'authors': {
+            **_branch_names('', '', 'channel'),
+            **_branch_names('_spatial', '_for_spatial', 'position'),
+            'dilate_conv_for_concat1.*': 'concat_channel/*',
+            'dilate_conv_for_concat2.*': 'concat_position/*',
+            'bn_for_concat.*': 'concat_norm/*',
+        }
+    },
+)
 
 
 class _RowConv(nn.Module):

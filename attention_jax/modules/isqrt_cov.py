@@ -6,38 +6,12 @@ from flax import linen as nn
 
 from attention_jax import checks
 from attention_jax.functional import covariance
-from attention_jax.modules.layers import BatchNorm, Dense, Dtype, kaiming_fan_out
-from attention_jax.registry import register_attention
+from attention_jax.functional.dtypes import Dtype
+from attention_jax.modules.initializers import kaiming_fan_out
+from attention_jax.modules.layers import BatchNorm, Dense
+from attention_jax.modules.registry import register_attention
 
 
-@register_attention(
-    'isqrt_cov',
-    paper='Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix '
-    'Square Root Normalization',
-    arxiv='1712.01034',
-    year=2018,
-    family='channel',
-    complexity='N d (C + d) + d^3',
-    preserves_shape=False,
-    has_map=False,
-    placement='none',
-    variants={
-        'authors': {},
-        'gsop_net2': {'iterations': 3, 'triangle': 'lower'},
-        'matrix': {'hidden': None, 'iterations': 3, 'vectorize': False},
-        'covariance': {'hidden': None, 'square_root': False},
-    },
-    torch_names={
-        'authors': {
-            'conv_dr_block.0.*': ('reduce/*', 'o i 1 1 -> i o'),
-            'conv_dr_block.1.*': 'reduce_norm/*',
-        },
-        'gsop_net2': {
-            'layer_reduce.*': ('reduce/*', 'o i 1 1 -> i o'),
-            'layer_reduce_bn.*': 'reduce_norm/*',
-        },
-    },
-)
 class IterativeSqrtCovariancePooling(nn.Module):
     """Global covariance pooling with iterative square root normalisation (iSQRT-COV): a head.
 
@@ -126,3 +100,34 @@ class IterativeSqrtCovariancePooling(nn.Module):
         if self.vectorize:
             s = covariance.triangle(s, self.triangle)
         return s.astype(z.dtype)
+
+
+register_attention(
+    'isqrt_cov',
+    IterativeSqrtCovariancePooling,
+    paper='Towards Faster Training of Global Covariance Pooling Networks by Iterative Matrix '
+    'Square Root Normalization',
+    arxiv='1712.01034',
+    year=2018,
+    family='channel',
+    complexity='N d (C + d) + d^3',
+    preserves_shape=False,
+    has_map=False,
+    placement='none',
+    variants={
+        'authors': {},
+        'gsop_net2': {'iterations': 3, 'triangle': 'lower'},
+        'matrix': {'hidden': None, 'iterations': 3, 'vectorize': False},
+        'covariance': {'hidden': None, 'square_root': False},
+    },
+    torch_names={
+        'authors': {
+            'conv_dr_block.0.*': ('reduce/*', 'o i 1 1 -> i o'),
+            'conv_dr_block.1.*': 'reduce_norm/*',
+        },
+        'gsop_net2': {
+            'layer_reduce.*': ('reduce/*', 'o i 1 1 -> i o'),
+            'layer_reduce_bn.*': 'reduce_norm/*',
+        },
+    },
+)

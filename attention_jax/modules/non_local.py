@@ -10,18 +10,12 @@ from jax.nn import initializers
 
 from attention_jax import checks, functional
 from attention_jax.functional import cost
-from attention_jax.functional.normalization import statistics_type
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Dense,
-    Dtype,
-    flatten_positions,
-    hidden_width,
-    logit_scale,
-    sow_map,
-    wanted_queries,
-)
-from attention_jax.registry import TorchName, TorchNames, register_attention
+from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.modules.layers import BatchNorm, Dense
+from attention_jax.modules.maps import sow_map, wanted_queries
+from attention_jax.modules.positions import flatten_positions, logit_scale
+from attention_jax.modules.registry import TorchName, TorchNames, register_attention
+from attention_jax.modules.widths import hidden_width
 
 _MODES = ('embedded_gaussian', 'gaussian', 'dot_product', 'concatenation')
 
@@ -73,30 +67,6 @@ def _torch_names(module: 'NonLocal') -> TorchNames:
 _ALEXHEX7 = {'pool_position': 'after', 'scale': None}
 
 
-@register_attention(
-    'non_local',
-    paper='Non-local Neural Networks',
-    arxiv='1711.07971',
-    year=2018,
-    family='positions',
-    complexity='N C (N + C)/r',
-    identity_at_init=lambda module: module.zero_init and module.residual,
-    placement='inserted',
-    variants={
-        'authors': {},
-        'video': {'spatial_dims': 3},
-        'video_groups': {'spatial_dims': 3, 'group_size': 2},
-        'alexhex7': _ALEXHEX7,
-        'alexhex7_gaussian': {'mode': 'gaussian', **_ALEXHEX7},
-        'alexhex7_dot_product': {'mode': 'dot_product', **_ALEXHEX7},
-        'alexhex7_concatenation': {'mode': 'concatenation', **_ALEXHEX7},
-        'alexhex7_1d': {'spatial_dims': 1, **_ALEXHEX7},
-        'mmcv': {'pool_size': 1, 'normalization': None},
-        'timm': {'reduction': 8, 'scale': 'input', 'pool_size': 1},
-        'cgnl': {'use_bias': False, 'scale': None, 'pool_size': 1},
-    },
-    torch_names=_torch_names,
-)
 class NonLocal(nn.Module):
     """Non-local block: every position gathers from every (pooled) position.
 
@@ -274,6 +244,33 @@ class NonLocal(nn.Module):
         return Dense(
             features, bias_init=initializers.zeros, param_dtype=self.param_dtype, **options
         )
+
+
+register_attention(
+    'non_local',
+    NonLocal,
+    paper='Non-local Neural Networks',
+    arxiv='1711.07971',
+    year=2018,
+    family='positions',
+    complexity='N C (N + C)/r',
+    identity_at_init=lambda module: module.zero_init and module.residual,
+    placement='inserted',
+    variants={
+        'authors': {},
+        'video': {'spatial_dims': 3},
+        'video_groups': {'spatial_dims': 3, 'group_size': 2},
+        'alexhex7': _ALEXHEX7,
+        'alexhex7_gaussian': {'mode': 'gaussian', **_ALEXHEX7},
+        'alexhex7_dot_product': {'mode': 'dot_product', **_ALEXHEX7},
+        'alexhex7_concatenation': {'mode': 'concatenation', **_ALEXHEX7},
+        'alexhex7_1d': {'spatial_dims': 1, **_ALEXHEX7},
+        'mmcv': {'pool_size': 1, 'normalization': None},
+        'timm': {'reduction': 8, 'scale': 'input', 'pool_size': 1},
+        'cgnl': {'use_bias': False, 'scale': None, 'pool_size': 1},
+    },
+    torch_names=_torch_names,
+)
 
 
 class _Similarity(nn.Module):

@@ -7,40 +7,17 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Dense,
-    Dtype,
-    hidden_width,
-    sow_map,
-    wanted_queries,
-)
-from attention_jax.registry import register_attention
+from attention_jax.functional.dtypes import Dtype
+from attention_jax.modules.layers import BatchNorm, Dense
+from attention_jax.modules.maps import sow_map, wanted_queries
+from attention_jax.modules.registry import register_attention
+from attention_jax.modules.widths import hidden_width
 
 # A map cut into regions, those at the same place of all its pictures together.
 _CUT = '... (r1 hh) (im r2 ww) f -> ... r1 r2 (hh ww im) f'
 _KERNEL = initializers.normal(0.02)
 
 
-@register_attention(
-    'pyramid_self_attention',
-    paper='A Spatial-Temporal Attention-Based Method and a New Dataset for Remote Sensing Image '
-    'Change Detection',
-    year=2020,
-    family='positions',
-    complexity='N^2 C + N C^2',
-    variants={'authors': {}},
-    torch_names={
-        'authors': {
-            'stages.{i}.f_key.0.*': ('level_{i}/key/*', 'o i 1 1 -> i o'),
-            'stages.{i}.f_key.1.*': 'level_{i}/key_norm/*',
-            'stages.{i}.f_query.0.*': ('level_{i}/query/*', 'o i 1 1 -> i o'),
-            'stages.{i}.f_query.1.*': 'level_{i}/query_norm/*',
-            'stages.{i}.f_value.*': ('level_{i}/value/*', 'o i 1 1 -> i o'),
-            'conv_bn.0.*': ('out/*', 'o i 1 1 -> i o'),
-        }
-    },
-)
 class PyramidSelfAttention(nn.Module):
     """Self-attention within regions of a map, at several sizes of region, joined by a projection.
 
@@ -130,6 +107,28 @@ class PyramidSelfAttention(nn.Module):
         # The projection before the resize: they commute, and the small map is cheaper.
         y = functional.upsample(y, self.pool_size)
         return x + y if self.residual else y
+
+
+register_attention(
+    'pyramid_self_attention',
+    PyramidSelfAttention,
+    paper='A Spatial-Temporal Attention-Based Method and a New Dataset for Remote Sensing Image '
+    'Change Detection',
+    year=2020,
+    family='positions',
+    complexity='N^2 C + N C^2',
+    variants={'authors': {}},
+    torch_names={
+        'authors': {
+            'stages.{i}.f_key.0.*': ('level_{i}/key/*', 'o i 1 1 -> i o'),
+            'stages.{i}.f_key.1.*': 'level_{i}/key_norm/*',
+            'stages.{i}.f_query.0.*': ('level_{i}/query/*', 'o i 1 1 -> i o'),
+            'stages.{i}.f_query.1.*': 'level_{i}/query_norm/*',
+            'stages.{i}.f_value.*': ('level_{i}/value/*', 'o i 1 1 -> i o'),
+            'conv_bn.0.*': ('out/*', 'o i 1 1 -> i o'),
+        }
+    },
+)
 
 
 class _Level(nn.Module):

@@ -12,20 +12,13 @@ from jax.nn import initializers
 from attention_jax import checks, functional
 from attention_jax.functional import cost
 from attention_jax.functional.dot_product import WEIGHTINGS
-from attention_jax.functional.normalization import statistics_type
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Dense,
-    Dtype,
-    Initializer,
-    add_gained,
-    attend_positions,
-    flatten_positions,
-    hidden_width,
-    sow_map,
-    wanted_queries,
-)
-from attention_jax.registry import TorchNames, register_attention
+from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.modules.initializers import Initializer
+from attention_jax.modules.layers import BatchNorm, Dense
+from attention_jax.modules.maps import sow_map, wanted_queries
+from attention_jax.modules.positions import add_gained, attend_positions, flatten_positions
+from attention_jax.modules.registry import TorchNames, register_attention
+from attention_jax.modules.widths import hidden_width
 
 _SIMILARITIES = ('dot', 'scaled_dot', 'cosine', 'gaussian', 'mlp', 'concat')
 _LEARNED = ('mlp', 'concat')
@@ -46,31 +39,6 @@ def _context_channels(arrays: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(channels[1:]) if len(set(channels)) > 1 else ()
 
 
-@register_attention(
-    'qkv',
-    paper='Attention as query, key and value: similarity, normalisation and the axis they meet on',
-    year=2021,
-    family='positions',
-    complexity='N^2 C + N C^2',
-    identity_at_init=lambda module: (
-        module.residual == 'gamma'
-        or (
-            module.residual == 'plain'
-            and module.zero_init
-            and (module.output_projection or module.normalization is not None)
-        )
-    ),
-    variants={
-        'channel': {'axis': 'channel', 'reduction': 1, 'similarity': 'dot', 'residual': 'none'},
-        'spatial': {'reduction': 1, 'residual': 'none'},
-        'steps': {'residual': 'plain'},
-        'transformer': {'reduction': 1, 'heads': 4, 'output_projection': True, 'residual': 'none'},
-        'cosine_sigmoid': {'similarity': 'cosine', 'weighting': 'sigmoid', 'residual': 'plain'},
-        'mlp': {'similarity': 'mlp', 'heads': 2},
-    },
-    torch_names=_torch_names,
-    context_channels=_context_channels,
-)
 class QKVAttention(nn.Module):
     """Attention put together from its parts.
 
@@ -82,7 +50,7 @@ class QKVAttention(nn.Module):
                                                     axis 'channel': vectors of all n positions
         P = weighting(S) over the last axis         [..., g, n, m], channel [..., g, d/g, d/g]
         y = P v                                     [..., n, e],    channel sum_j P_ij v_nj
-        out = x + gamma norm(y Wo + bo)             Wo, norm, gamma and x as the fields say
+        out = x + gamma norm(y Wo + bo)             Wo, norm, gamma and x as the field_names say
 
     Similarities: dot `u.w`; scaled_dot `u.w L^-1/2`; cosine `u.w / (max(|u|, 1e-12) max(|w|,
     1e-12))`; gaussian `-|u - w|^2 / (2 sigma^2)` (what non-local networks call so is dot of
@@ -377,6 +345,34 @@ class QKVAttention(nn.Module):
                 f"similarity {self.similarity!r} is for axis 'space', got axis 'channel': use dot, "
                 f'scaled_dot or cosine'
             )
+
+
+register_attention(
+    'qkv',
+    QKVAttention,
+    paper='Attention as query, key and value: similarity, normalisation and the axis they meet on',
+    year=2021,
+    family='positions',
+    complexity='N^2 C + N C^2',
+    identity_at_init=lambda module: (
+        module.residual == 'gamma'
+        or (
+            module.residual == 'plain'
+            and module.zero_init
+            and (module.output_projection or module.normalization is not None)
+        )
+    ),
+    variants={
+        'channel': {'axis': 'channel', 'reduction': 1, 'similarity': 'dot', 'residual': 'none'},
+        'spatial': {'reduction': 1, 'residual': 'none'},
+        'steps': {'residual': 'plain'},
+        'transformer': {'reduction': 1, 'heads': 4, 'output_projection': True, 'residual': 'none'},
+        'cosine_sigmoid': {'similarity': 'cosine', 'weighting': 'sigmoid', 'residual': 'plain'},
+        'mlp': {'similarity': 'mlp', 'heads': 2},
+    },
+    torch_names=_torch_names,
+    context_channels=_context_channels,
+)
 
 
 class _Kernel(nn.Module):

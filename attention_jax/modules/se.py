@@ -5,48 +5,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attention_jax import checks, functional
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Dense,
-    Dtype,
-    activation,
-    gate,
-    hidden_width,
-    rescale,
-    sow_map,
-)
-from attention_jax.registry import register_attention
+from attention_jax.functional.dtypes import Dtype
+from attention_jax.modules.gating import activation, gate, rescale
+from attention_jax.modules.layers import BatchNorm, Dense
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.registry import register_attention
+from attention_jax.modules.widths import hidden_width
 
 
-@register_attention(
-    'se',
-    paper='Squeeze-and-Excitation Networks',
-    arxiv='1709.01507',
-    year=2018,
-    family='channel',
-    complexity='N C + C^2/r',
-    variants={
-        'authors': {},
-        'article': {'use_bias': False},
-        'timm': {'hidden_divisor': 8},
-        'timm_add_maxpool': {'hidden_divisor': 8, 'squeeze': 'average_max'},
-        'timm_norm': {'hidden_divisor': 8, 'normalization': 'batch', 'use_bias': False},
-        'efficientnet': {'reduction': 4, 'activation': 'silu'},
-        'mobilenet_v3': {'reduction': 4, 'gate': 'hard_sigmoid'},
-    },
-    torch_names={
-        'torchvision': {
-            'fc1.*': ('fc1/*', 'o i 1 1 -> i o'),
-            'bn.*': 'norm/*',
-            'fc2.*': ('fc2/*', 'o i 1 1 -> i o'),
-        },
-        'efficientnet': {
-            'conv_reduce.*': ('fc1/*', 'o i 1 1 -> i o'),
-            'conv_expand.*': ('fc2/*', 'o i 1 1 -> i o'),
-        },
-        'article': {'fc.0.*': 'fc1/*', 'fc.2.*': 'fc2/*'},
-    },
-)
 class SqueezeExcite(nn.Module):
     """Squeeze-and-excitation: one gate per channel from the mean over positions.
 
@@ -123,3 +89,35 @@ class SqueezeExcite(nn.Module):
         g = to_gate(z)
         sow_map(self, lambda: g)
         return rescale(x, g)
+
+
+register_attention(
+    'se',
+    SqueezeExcite,
+    paper='Squeeze-and-Excitation Networks',
+    arxiv='1709.01507',
+    year=2018,
+    family='channel',
+    complexity='N C + C^2/r',
+    variants={
+        'authors': {},
+        'article': {'use_bias': False},
+        'timm': {'hidden_divisor': 8},
+        'timm_add_maxpool': {'hidden_divisor': 8, 'squeeze': 'average_max'},
+        'timm_norm': {'hidden_divisor': 8, 'normalization': 'batch', 'use_bias': False},
+        'efficientnet': {'reduction': 4, 'activation': 'silu'},
+        'mobilenet_v3': {'reduction': 4, 'gate': 'hard_sigmoid'},
+    },
+    torch_names={
+        'torchvision': {
+            'fc1.*': ('fc1/*', 'o i 1 1 -> i o'),
+            'bn.*': 'norm/*',
+            'fc2.*': ('fc2/*', 'o i 1 1 -> i o'),
+        },
+        'efficientnet': {
+            'conv_reduce.*': ('fc1/*', 'o i 1 1 -> i o'),
+            'conv_expand.*': ('fc2/*', 'o i 1 1 -> i o'),
+        },
+        'article': {'fc.0.*': 'fc1/*', 'fc.2.*': 'fc2/*'},
+    },
+)

@@ -8,16 +8,11 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.functional.normalization import statistics_type
-from attention_jax.modules.layers import (
-    Dense,
-    Dtype,
-    add_gained,
-    attend_positions,
-    flatten_positions,
-    hidden_width,
-)
-from attention_jax.registry import TorchName, TorchNames, register_attention
+from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.modules.layers import Dense
+from attention_jax.modules.positions import add_gained, attend_positions, flatten_positions
+from attention_jax.modules.registry import TorchName, TorchNames, register_attention
+from attention_jax.modules.widths import hidden_width
 
 _OFFICIAL = {
     'value_reduction': 2,
@@ -41,17 +36,6 @@ def _torch_names(module: 'SelfAttention') -> TorchNames:
     return {'authors': authors, 'article': article, 'official': official}
 
 
-@register_attention(
-    'self_attention',
-    paper='Self-Attention Generative Adversarial Networks',
-    arxiv='1805.08318',
-    year=2019,
-    family='positions',
-    complexity='N^2 C + N C^2',
-    identity_at_init=True,
-    variants={'article': {}, 'official': _OFFICIAL},
-    torch_names=_torch_names,
-)
 class SelfAttention(nn.Module):
     """Self-attention between all positions of a map, added with a gain that starts at zero.
 
@@ -158,6 +142,20 @@ class SelfAttention(nn.Module):
         if self.output_projection:
             y = project(c, name='out')(y, **options)
         return add_gained(self, x, y)
+
+
+register_attention(
+    'self_attention',
+    SelfAttention,
+    paper='Self-Attention Generative Adversarial Networks',
+    arxiv='1805.08318',
+    year=2019,
+    family='positions',
+    complexity='N^2 C + N C^2',
+    identity_at_init=True,
+    variants={'article': {}, 'official': _OFFICIAL},
+    torch_names=_torch_names,
+)
 
 
 class _SpectralDense(nn.Module):

@@ -6,16 +6,12 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.modules.layers import (
-    ACTIVATIONS,
-    BatchNorm,
-    Conv,
-    Dense,
-    Dtype,
-    hidden_width,
-    sow_map,
-)
-from attention_jax.registry import TorchName, TorchNames, register_attention
+from attention_jax.functional.dtypes import Dtype
+from attention_jax.modules.gating import ACTIVATIONS
+from attention_jax.modules.layers import BatchNorm, Conv, Dense
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.registry import TorchName, TorchNames, register_attention
+from attention_jax.modules.widths import hidden_width
 
 _LINEAR_SQUEEZE = {
     'dilated': False,
@@ -57,32 +53,6 @@ def _torch_names(module: 'SelectiveKernel') -> TorchNames:
     }
 
 
-@register_attention(
-    'sk',
-    paper='Selective Kernel Networks',
-    arxiv='1903.06586',
-    year=2019,
-    family='block',
-    complexity='N C^2 k^2/g + C^2/r',
-    replaces_convolution=True,
-    placement='conv2',
-    variants={
-        'authors': {},
-        'timm': {'groups': 1, 'split_input': True, 'min_hidden': 8, 'hidden_divisor': 8},
-        'timm_skresnet': {
-            'groups': 1,
-            'split_input': True,
-            'reduction': 8,
-            'min_hidden': 16,
-            'hidden_divisor': 16,
-        },
-        'timm_skresnext': {'hidden_divisor': 32},
-        'select_bias': {'select_bias': True},
-        'linear_squeeze': _LINEAR_SQUEEZE,
-        'article': {**_LINEAR_SQUEEZE, 'kernel_sizes': (1, 3, 5, 7), 'groups': 1},
-    },
-    torch_names=_torch_names,
-)
 class SelectiveKernel(nn.Module):
     """Selective kernels: branches of different windows, weighed against each other per channel.
 
@@ -230,6 +200,35 @@ class SelectiveKernel(nn.Module):
             param_dtype=self.param_dtype,
             name=name,
         )
+
+
+register_attention(
+    'sk',
+    SelectiveKernel,
+    paper='Selective Kernel Networks',
+    arxiv='1903.06586',
+    year=2019,
+    family='block',
+    complexity='N C^2 k^2/g + C^2/r',
+    replaces_convolution=True,
+    placement='conv2',
+    variants={
+        'authors': {},
+        'timm': {'groups': 1, 'split_input': True, 'min_hidden': 8, 'hidden_divisor': 8},
+        'timm_skresnet': {
+            'groups': 1,
+            'split_input': True,
+            'reduction': 8,
+            'min_hidden': 16,
+            'hidden_divisor': 16,
+        },
+        'timm_skresnext': {'hidden_divisor': 32},
+        'select_bias': {'select_bias': True},
+        'linear_squeeze': _LINEAR_SQUEEZE,
+        'article': {**_LINEAR_SQUEEZE, 'kernel_sizes': (1, 3, 5, 7), 'groups': 1},
+    },
+    torch_names=_torch_names,
+)
 
 
 class _Branch(nn.Module):

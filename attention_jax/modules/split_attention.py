@@ -7,45 +7,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attention_jax import checks, functional
-from attention_jax.modules.layers import (
-    BatchNorm,
-    Conv,
-    Dtype,
-    hidden_width,
-    kaiming_fan_out,
-    rescale,
-    sow_map,
-)
-from attention_jax.registry import register_attention
+from attention_jax.functional.dtypes import Dtype
+from attention_jax.modules.gating import rescale
+from attention_jax.modules.initializers import kaiming_fan_out
+from attention_jax.modules.layers import BatchNorm, Conv
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.registry import register_attention
+from attention_jax.modules.widths import hidden_width
 
 
-@register_attention(
-    'split_attention',
-    paper='ResNeSt: Split-Attention Networks',
-    arxiv='2004.08955',
-    year=2020,
-    family='block',
-    complexity='N C^2 k^2/g + R^2 C^2/r',
-    replaces_convolution=True,
-    placement='conv2',
-    variants={
-        'authors': {},
-        'authors_radix1': {'radix': 1},
-        'authors_radix4': {'radix': 4},
-        'authors_cardinality2': {'groups': 2},
-        'authors_class': {'use_bias': True, 'normalization': None},
-        'timm': {'hidden_divisor': 8},
-    },
-    torch_names={
-        'authors': {
-            'conv.*': 'conv/*',
-            'bn0.*': 'norm0/*',
-            'fc1.*': 'fc1/*',
-            'bn1.*': 'norm1/*',
-            'fc2.*': 'fc2/*',
-        },
-    },
-)
 class SplitAttention(nn.Module):
     """Split attention: the splits of a grouped convolution weighed against each other.
 
@@ -185,3 +155,33 @@ class SplitAttention(nn.Module):
         if self.normalization is None:
             return x
         return BatchNorm(param_dtype=self.param_dtype, name=name)(x, train=train)
+
+
+register_attention(
+    'split_attention',
+    SplitAttention,
+    paper='ResNeSt: Split-Attention Networks',
+    arxiv='2004.08955',
+    year=2020,
+    family='block',
+    complexity='N C^2 k^2/g + R^2 C^2/r',
+    replaces_convolution=True,
+    placement='conv2',
+    variants={
+        'authors': {},
+        'authors_radix1': {'radix': 1},
+        'authors_radix4': {'radix': 4},
+        'authors_cardinality2': {'groups': 2},
+        'authors_class': {'use_bias': True, 'normalization': None},
+        'timm': {'hidden_divisor': 8},
+    },
+    torch_names={
+        'authors': {
+            'conv.*': 'conv/*',
+            'bn0.*': 'norm0/*',
+            'fc1.*': 'fc1/*',
+            'bn1.*': 'norm1/*',
+            'fc2.*': 'fc2/*',
+        },
+    },
+)

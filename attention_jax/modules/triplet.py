@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attention_jax import checks, functional
-from attention_jax.modules.layers import Dtype, PlaneGate, rescale, sow_map
-from attention_jax.registry import TorchName, register_attention
+from attention_jax.functional.dtypes import Dtype
+from attention_jax.modules.gating import PlaneGate, rescale
+from attention_jax.modules.maps import sow_map
+from attention_jax.modules.registry import TorchName, register_attention
 
 
 def _names(gate: str, **planes: str) -> dict[str, TorchName]:
@@ -18,24 +20,6 @@ def _names(gate: str, **planes: str) -> dict[str, TorchName]:
     return names
 
 
-@register_attention(
-    'triplet',
-    paper='Rotate to Attend: Convolutional Triplet Attention Module',
-    arxiv='2010.03045',
-    year=2021,
-    family='mixed',
-    complexity='N C + k^2 (N + (H + W) C)',
-    variants={
-        'authors': {},
-        'authors_no_spatial': {'spatial': False},
-        'authors_kernel3': {'kernel_size': 3},
-        'mobilenet_v2': {'norm_scale_init': 1.0},
-    },
-    torch_names={
-        'authors': _names('conv', cw='cw', hc='hc', hw='hw'),
-        'models': _names('spatial', cw='ChannelGateH', hc='ChannelGateW', hw='SpatialGate'),
-    },
-)
 class TripletAttention(nn.Module):
     """Triplet attention: a gate on each of the three planes of a map, averaged.
 
@@ -111,6 +95,27 @@ class TripletAttention(nn.Module):
             for name, axis in pooled.items()
         ]
         return rescale(x, sum(gates) / len(gates))
+
+
+register_attention(
+    'triplet',
+    TripletAttention,
+    paper='Rotate to Attend: Convolutional Triplet Attention Module',
+    arxiv='2010.03045',
+    year=2021,
+    family='mixed',
+    complexity='N C + k^2 (N + (H + W) C)',
+    variants={
+        'authors': {},
+        'authors_no_spatial': {'spatial': False},
+        'authors_kernel3': {'kernel_size': 3},
+        'mobilenet_v2': {'norm_scale_init': 1.0},
+    },
+    torch_names={
+        'authors': _names('conv', cw='cw', hc='hc', hw='hw'),
+        'models': _names('spatial', cw='ChannelGateH', hc='ChannelGateW', hw='SpatialGate'),
+    },
+)
 
 
 class _Plane(nn.Module):

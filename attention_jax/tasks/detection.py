@@ -10,10 +10,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from attention_jax import checks, registry
+from attention_jax import checks
 from attention_jax.data import box_transforms
 from attention_jax.data import detection as data
 from attention_jax.functional import boxes, yolo
+from attention_jax.models.registry import list_models, model_entry
 from attention_jax.tasks import prediction
 from attention_jax.tasks.average_precision import average_precision
 from attention_jax.tasks.network import build_model, plain
@@ -46,8 +47,8 @@ def create(config: ConfigDict, description: Any) -> dict[str, Any]:
         checks.at_least('detection.class_weight', settings.class_weight, 0)
     for key in ('max_detections', 'max_boxes'):
         checks.at_least(f'detection.{key}', settings[key], 1)
-    if registry.model_entry(config.model.name).family != 'yolo':
-        names = ', '.join(n for n in registry.list_models() if n.startswith('yolo'))
+    if model_entry(config.model.name).family != 'yolo':
+        names = ', '.join(n for n in list_models() if n.startswith('yolo'))
         raise ValueError(f'model.name {config.model.name!r} does not detect: use one of {names}')
     model = build_model(
         config,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from attention_jax.registry import create_model
+from attention_jax.models.registry import create_model
 
 
 def build_model(config: ConfigDict, num_classes: int, **arguments: Any) -> nn.Module:

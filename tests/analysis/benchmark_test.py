@@ -4,8 +4,8 @@ import types
 import numpy as np
 import pytest
 
-from attention_jax import registry
 from attention_jax.analysis import benchmark
+from attention_jax.modules.registry import create_attention, list_attention
 
 SHAPE = (2, 4, 4, 16)
 TIMM = ['cbam/timm', 'gc/timm', 'non_local/timm']
@@ -80,7 +80,7 @@ def test_beside_another_form(monkeypatch, error, busy):
     if busy:
         seconds = iter([100.0, 10_000.0])
         monkeypatch.setattr(benchmark, '_busy', lambda: next(seconds))
-    module = registry.create_attention('eca')
+    module = create_attention('eca')
 
     def create(name, variables, inputs, cotangents, arguments, **options):
         assert (name, arguments, options['dtype']) == ('eca', {}, 'float32')
@@ -134,7 +134,7 @@ def test_bad_arguments(names, options, what):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [*registry.list_attention(), *TIMM])
+@pytest.mark.parametrize('name', [*list_attention(), *TIMM])
 def test_pytorch_computes_the_same(name):
     pytest.importorskip(
         'torch', reason="PyTorch is not installed: pip install 'attention_jax[parity]'"

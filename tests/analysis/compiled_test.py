@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attention_jax import registry
 from attention_jax.analysis import compiled, devices, mechanism_table, program
+from attention_jax.modules.registry import list_attention
 from attention_jax.training import sharding
 
 needs_libtpu = pytest.mark.skipif(
@@ -287,7 +287,7 @@ def jobs_of(name):
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize('device', ['v5e', 'v5e:2x4'])
-@pytest.mark.parametrize('name', registry.list_attention())
+@pytest.mark.parametrize('name', list_attention())
 def test_every_mechanism_compiles_and_gathers_no_batch(name, device):
     jobs = jobs_of(name)
     reports = compiled.compile_modules(jobs, device=device, timeout=500)

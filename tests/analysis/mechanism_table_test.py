@@ -3,12 +3,12 @@ import re
 
 import pytest
 
-from attention_jax import registry
 from attention_jax.analysis import compiled, markdown, mechanism_table
 from attention_jax.analysis.mechanism_table import PLACE
+from attention_jax.modules.registry import attention_entry, list_attention
 from tests.conftest import REPOSITORY
 
-NAMES = registry.list_attention()
+NAMES = list_attention()
 README = markdown.read_rows(PLACE, (REPOSITORY / 'README.md').read_text())
 PASSES = re.compile(r'\d+\.\d\*?, \d+\.\d\*?|- \(.+\)')
 
@@ -39,7 +39,7 @@ def test_rows_by_hand():
 
 @pytest.mark.parametrize('name', NAMES)
 def test_complexity_uses_the_letters_of_the_legend(name):
-    complexity = registry.attention_entry(name).complexity
+    complexity = attention_entry(name).complexity
     assert complexity
     assert set(complexity) <= set('NCHWMRrkgds 123456789()+/^')
     assert '^' not in mechanism_table.row(name)[4], 'a power without its character'

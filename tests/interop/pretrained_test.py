@@ -13,10 +13,11 @@ from flax import traverse_util
 from PIL import Image
 
 import attention_jax
-from attention_jax import data, load_pretrained, registry
+from attention_jax import data, load_pretrained
 from attention_jax.data import transforms
 from attention_jax.interop import files, pretrained, torch
 from attention_jax.interop.preprocessing import Preprocessing
+from attention_jax.models.registry import model_entry
 from tests import helpers
 
 NAME = 'tiny_resnet'
@@ -68,7 +69,7 @@ def assert_same(got, want, but=()):
     ],
 )
 def test_names_there_and_back_are_the_same_bits(name):
-    entry = registry.model_entry(name)
+    entry = model_entry(name)
     module = entry.build()
     leaves = torch.network_shapes(entry, module, 3)
     random = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import pytest
 from flax import traverse_util
 
 import attention_jax
-from attention_jax import registry
+from attention_jax.modules.registry import attention_entry, list_attention
 from tests import helpers
 
 # Mechanisms that `identity_init` cannot be asked of, and why.
@@ -23,7 +23,7 @@ ARGUMENTS = {
     'downsampled_self_attention': {'pool_size': 2},
     'pyramid_self_attention': {'images': 1, 'scales': (1, 2)},
 }
-ALL = [n for n in registry.list_attention() if n not in EXCEPTIONS]
+ALL = [n for n in list_attention() if n not in EXCEPTIONS]
 
 
 def alphas(variables):
@@ -86,7 +86,7 @@ def test_resnet50_with_any_mechanism_starts_as_resnet50(attention):
 
 @pytest.mark.parametrize('attention', EXCEPTIONS)
 def test_exceptions(attention):
-    entry = registry.attention_entry(attention)
+    entry = attention_entry(attention)
     if entry.replaces_convolution:
         assert EXCEPTIONS[attention] == 'replaces a convolution'
     else:

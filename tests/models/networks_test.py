@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import attention_jax
-from attention_jax import registry
 from attention_jax.interop import torch
+from attention_jax.models.registry import model_entry
 from tests import helpers
 
 FOLDER = helpers.REFERENCE / 'networks'
@@ -48,7 +48,7 @@ DEEP = re.compile(r'.*(101|152|154|200|269|_100|_140).*')  # a second and more e
 )
 def test_counts(name):
     row = COUNTS[name]
-    entry = registry.model_entry(name)
+    entry = model_entry(name)
     assert (*entry.input_size, 3) == tuple(row['input'])
     assert entry.num_classes == (row['num_classes'] or 0)
     model = attention_jax.create_model(name, num_classes=row['num_classes'])

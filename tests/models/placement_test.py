@@ -1,8 +1,8 @@
 import pytest
 
 import attention_jax
-from attention_jax import registry
 from attention_jax.models import placement
+from attention_jax.modules.registry import AttentionEntry
 
 DEEP = (3, 4, 6, 3)
 MOBILE = (1, 2, 3, 4, 3, 3, 1)
@@ -59,7 +59,7 @@ def test_text_of_mobilenet(text, where, expected):
     ],
 )
 def test_defaults(kind, block, depths, expected):
-    entry = registry.AttentionEntry('x', None, 'paper', 2020, 'channel', placement=kind)
+    entry = AttentionEntry('x', None, 'paper', 2020, 'channel', placement=kind)
     assert placement.default(entry, depths, block) == expected
 
 
@@ -75,7 +75,7 @@ def test_defaults(kind, block, depths, expected):
     ],
 )
 def test_defaults_of_mobilenet(kind, expected):
-    entry = registry.AttentionEntry('x', None, 'paper', 2020, 'channel', placement=kind)
+    entry = AttentionEntry('x', None, 'paper', 2020, 'channel', placement=kind)
     assert placement.default(entry, MOBILE, 'inverted', 'MobileNetV2') == expected
 
 
@@ -89,7 +89,7 @@ def test_mobilenet_has_no_place_for_what_replaces_a_convolution():
 
 
 def test_a_head_has_no_place():
-    entry = registry.AttentionEntry('x', None, 'paper', 2020, 'channel', placement='none')
+    entry = AttentionEntry('x', None, 'paper', 2020, 'channel', placement='none')
     with pytest.raises(ValueError, match='no place inside a backbone'):
         placement.default(entry, DEEP, 'bottleneck')
 

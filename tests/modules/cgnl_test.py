@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import attention_jax
-from attention_jax import CGNL, functional, registry
+from attention_jax import CGNL, functional
 from attention_jax.models import placement
+from attention_jax.modules.registry import attention_entry
 from tests import helpers
 
 
@@ -190,7 +191,7 @@ def test_macs_of_the_series():
 
 
 def test_backbones_put_it_before_a_block():
-    entry = registry.attention_entry('cgnl')
+    entry = attention_entry('cgnl')
     assert placement.default(entry, (3, 4, 6, 3), 'bottleneck') == 'before_block@3:5'
 
 

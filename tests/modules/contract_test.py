@@ -11,14 +11,14 @@ from flax import nnx, traverse_util
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import attention_jax
-from attention_jax import registry
+from attention_jax.modules.registry import attention_entry, field_names, starts_as_identity
 from tests import helpers
 
 NAMES = attention_jax.list_attention()
 VARIANTS = [
     pytest.param(name, variant, marks=[pytest.mark.slow] if arguments else [])
     for name in NAMES
-    for variant, arguments in {'default': {}, **registry.attention_entry(name).variants}.items()
+    for variant, arguments in {'default': {}, **attention_entry(name).variants}.items()
     if arguments or variant == 'default'
 ]
 
@@ -103,7 +103,7 @@ class OnItself(nn.Module):
 
 
 def build(name, variant='default', **more):
-    variants = {'default': {}, **registry.attention_entry(name).variants}
+    variants = {'default': {}, **attention_entry(name).variants}
     arguments = {**REQUIRED.get(name, {}), **variants[variant], **more}
     module = attention_jax.create_attention(name, **arguments)
     return OnItself(module) if name in TAKES_CONTEXT else module
@@ -130,13 +130,13 @@ def leaves(tree):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_every_mechanism_says_what_it_is(name):
-    entry = registry.attention_entry(name)
+    entry = attention_entry(name)
     assert entry.paper
     assert 2015 <= entry.year <= 2026
     assert entry.family in ('channel', 'spatial', 'mixed', 'positions', 'block')
     assert getattr(attention_jax, entry.cls.__name__) is entry.cls
     assert entry.cls.__doc__.count('Attributes:') == 1
-    fields = registry.fields(entry.cls)
+    fields = field_names(entry.cls)
     assert {'dtype', 'param_dtype'} <= set(fields)
     documented = entry.cls.__doc__.split('Attributes:')[1]
     for field in fields:
@@ -160,12 +160,12 @@ def test_counts(name):
 @pytest.mark.parametrize(('name', 'variant'), VARIANTS)
 def test_variant(name, variant):
     """Shape and type kept, jit = eager, gradients finite and felt by every parameter, bfloat16."""
-    entry, module, x = registry.attention_entry(name), build(name, variant), example(name, variant)
+    entry, module, x = attention_entry(name), build(name, variant), example(name, variant)
     fresh = jax.eval_shape(module.init, jax.random.key(0), x)
     assert set(fresh) <= {'params', 'batch_stats', 'spectral'}
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(fresh))
     variables = jax.tree.map(jnp.asarray, helpers.random_variables(module, x, dtype=np.float32))
-    if registry.starts_as_identity(module):
+    if starts_as_identity(module):
         fresh_output = jax.jit(lambda x: module.init_with_output(jax.random.key(0), x)[0])
         np.testing.assert_allclose(fresh_output(x), x, atol=1e-6)
 
@@ -247,7 +247,7 @@ def test_numerics(name, dtype):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_maps_only_on_request(name):
-    entry, module, x = registry.attention_entry(name), build(name), example(name)
+    entry, module, x = attention_entry(name), build(name), example(name)
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
     assert 'attention_maps' not in variables
     apply = functools.partial(module.apply, mutable=['attention_maps'])

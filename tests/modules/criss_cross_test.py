@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import attention_jax
-from attention_jax import CrissCrossAttention, SelfAttention, registry
+from attention_jax import CrissCrossAttention, SelfAttention
 from attention_jax.models import placement
+from attention_jax.modules.registry import attention_entry
 from tests import helpers
 
 
@@ -119,7 +120,7 @@ def test_maps():
 
 
 def test_backbones_put_it_on_the_branch():
-    entry = registry.attention_entry('criss_cross')
+    entry = attention_entry('criss_cross')
     assert placement.default(entry, (3, 4, 6, 3), 'bottleneck') == 'branch'
 
 

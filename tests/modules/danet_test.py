@@ -4,14 +4,9 @@ import numpy as np
 import pytest
 
 import attention_jax
-from attention_jax import (
-    ChannelAffinityAttention,
-    DANetHead,
-    PositionAttention,
-    functional,
-    registry,
-)
+from attention_jax import ChannelAffinityAttention, DANetHead, PositionAttention, functional
 from attention_jax.models import placement
+from attention_jax.modules.registry import attention_entry
 from tests import helpers
 
 
@@ -189,7 +184,7 @@ def test_parameters_of_the_head_on_a_resnet():
 
 def test_a_head_has_no_place_in_a_backbone():
     with pytest.raises(ValueError, match="'danet_head' has no place"):
-        placement.default(registry.attention_entry('danet_head'), (1, 1, 1), 'basic')
+        placement.default(attention_entry('danet_head'), (1, 1, 1), 'basic')
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import attention_jax
-from attention_jax import DoubleAttention, functional, registry
+from attention_jax import DoubleAttention, functional
 from attention_jax.models import placement
+from attention_jax.modules.registry import attention_entry
 from tests import helpers
 
 
@@ -188,7 +189,7 @@ def test_memory_at_32_frames():
 
 
 def test_backbones_put_it_between_blocks():
-    entry = registry.attention_entry('double_attention')
+    entry = attention_entry('double_attention')
     assert placement.default(entry, (3, 4, 6, 3), 'bottleneck') == 'after_block@2:1,3+3:1,3,5'
 
 

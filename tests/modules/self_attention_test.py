@@ -7,7 +7,7 @@ import attention_jax
 from attention_jax import SelfAttention
 from attention_jax.functional import cost
 from attention_jax.interop import torch
-from attention_jax.registry import attention_entry
+from attention_jax.modules.registry import attention_entry
 from tests import helpers
 
 OFFICIAL = attention_entry('self_attention').variants['official']

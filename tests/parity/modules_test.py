@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from attention_jax import registry
 from attention_jax.analysis import benchmark, mechanism_table
 from attention_jax.interop.torch import from_state_dict, to_state_dict
+from attention_jax.modules.registry import list_attention
 from tests import helpers
 
 torch = pytest.importorskip(
@@ -182,7 +182,7 @@ def test_timm_in_float64(x64, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', registry.list_attention())
+@pytest.mark.parametrize('name', list_attention())
 def test_plain_form(x64, name):
     """The authors' equations in PyTorch's layers: everything in float64."""
     if name not in forms.PLAIN:

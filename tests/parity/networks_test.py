@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax import registry
 from attention_jax.analysis import benchmark
 from attention_jax.interop import torch as interop
+from attention_jax.models.registry import list_models
 from tests import helpers
 
 REASON = "needs PyTorch and timm: pip install 'attention_jax[parity]'"
@@ -20,7 +20,7 @@ if benchmark.load_forms().timm_layers() is None:
     pytest.skip(REASON, allow_module_level=True)
 timm = pytest.importorskip('timm', reason=REASON)
 
-NAMES = sorted(set(registry.list_models()) & set(timm.list_models()))
+NAMES = sorted(set(list_models()) & set(timm.list_models()))
 SIZE = 128
 # Of gradients, relative to the largest. The deep ResNeSts normalise two pooled vectors in each of
 # their blocks, so that rounding grows with the gradient (to 2e8 in the stem of 101 layers).

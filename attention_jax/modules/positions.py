@@ -1,0 +1,56 @@
+"""What mechanisms between positions share: attention with its map, and the sum with a gain."""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.nn import initializers
+
+from attention_jax import checks, functional
+from attention_jax.functional.dtypes import statistics_type
+from attention_jax.modules.maps import sow_map, wanted_queries
+
+
+def flatten_positions(x: jax.Array, spatial_dims: int = 2) -> jax.Array:
+    """`[..., *spatial, c] -> [..., n, c]`, the positions in row-major order."""
+    return x.reshape(*x.shape[: -1 - spatial_dims], -1, x.shape[-1])
+
+
+def attend_positions(
+    module: nn.Module,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    chunk_size: int | None = None,
+    name: str = 'map',
+    **options: Any,
+) -> jax.Array:
+    """`functional.attend` inside a module, which sows the rows of its map that were asked for."""
+    if chunk_size is not None:
+        checks.at_least('chunk_size', chunk_size, 1)
+    sow_map(
+        module,
+        lambda: functional.attention_weights(wanted_queries(query), key, **options),
+        name,
+    )
+    return functional.attend(query, key, value, chunk_size=chunk_size, **options)
+
+
+def add_gained(module: nn.Module, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x + gamma y` in the type of x, gamma `[1]` a parameter of `module` that starts at 0."""
+    return add_scaled(x, y, module.param('gamma', initializers.zeros, (1,), module.param_dtype))
+
+
+def add_scaled(x: jax.Array, y: jax.Array, gamma: jax.Array) -> jax.Array:
+    """`x + gamma y` in the type of x, gamma `[1]`; the sum is rounded once."""
+    wide = statistics_type(x.dtype)
+    return (x.astype(wide) + gamma[0].astype(wide) * y.astype(wide)).astype(x.dtype)
+
+
+def logit_scale(scale: str | float | None, channels: int, hidden: int) -> float:
+    """What multiplies dot products: 'hidden' `hidden^-0.5`, 'input' `channels^-0.5`, None 1."""
+    if isinstance(scale, str):
+        checks.choice('scale', scale, ('hidden', 'input'))
+        return (hidden if scale == 'hidden' else channels) ** -0.5
+    return 1.0 if scale is None else float(scale)
