@@ -1,4 +1,10 @@
-"""The mechanisms, one file each; importing this package registers them all."""
+"""The mechanisms, one file each; importing this package registers them all.
+
+A mechanism is called as `module(x, train=False)` with x `[..., h, w, c]`, and returns the same
+shape and type unless its class says otherwise; without statistics and dropout `train` changes
+nothing. A field that is not allowed, or an x that is no map, is a ValueError at the first call,
+which names what was given and what is allowed.
+"""
 
 from attention_jax.modules.bam import BAM
 from attention_jax.modules.cbam import CBAM, CBAMChannel, CBAMSpatial

@@ -7,29 +7,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from attention_jax import checks
-from attention_jax.functional import cost
-from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.functional.contract import contract
+from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.layers import BatchNorm, Conv, Dense
 from attention_jax.modules.maps import sow_map
-from attention_jax.modules.positions import add_gained, attend_positions, flatten_positions
-from attention_jax.modules.registry import TorchName, register_attention
+from attention_jax.modules.positions import add_gained
+from attention_jax.modules.registry import ForeignName, TorchName, pointwise, register_attention
+from attention_jax.modules.self_attention import SelfAttention
 from attention_jax.modules.widths import hidden_width
 
-_PAPER = {
-    'paper': 'Dual Attention Network for Scene Segmentation',
-    'arxiv': '1809.02983',
-    'year': 2019,
-}
-_POSITION_NAMES: dict[str, TorchName] = {
-    'query_conv.*': ('query/*', 'o i 1 1 -> i o'),
-    'key_conv.*': ('key/*', 'o i 1 1 -> i o'),
-    'value_conv.*': ('value/*', 'o i 1 1 -> i o'),
-    'gamma': 'gamma',
-}
-_CHANNEL_NAMES: dict[str, TorchName] = {'gamma': 'gamma'}
 
-
-class PositionAttention(nn.Module):
+class PositionAttention(SelfAttention):
     """Position attention: every position gathers from every other, unscaled.
 
     With the n positions of x `[..., h, w, c]` and d the hidden width::
@@ -38,67 +26,14 @@ class PositionAttention(nn.Module):
         A = softmax_m(q k^T)                  [..., n, n]
         out = x + gamma A v                   gamma [1], 0 at the start
 
-    It is `self_attention` with its defaults, under the same names. A takes memory linear in n
-    (`functional.attend`). bk adds a constant to each row of logits, so its gradient is zero, and
-    while gamma is 0 no other parameter has one.
+    It is `SelfAttention` with its defaults, fields and names. bk adds a constant to each row of
+    logits, so its gradient is zero, and while gamma is 0 no other parameter has one.
 
     Source: Fu, Liu, Tian, Li, Bao, Fang, Lu, "Dual Attention Network for Scene Segmentation", CVPR
     2019, arXiv 1809.02983, eq. 1-2; defaults from the authors' code (junfu1115/DANet
     encoding/nn/da_att.py, `PAM_Module`). The paper's text gives q and k all c channels; neither
     scales the logits, and trained weights depend on that. Projections start as PyTorch's do.
-
-    Attributes:
-        reduction: divisor of the channels that gives d, rounded down.
-        hidden: d itself; wins over `reduction`.
-        chunk_size: queries taken at a time; None chooses.
-        dtype: type of the computation; None is the input's. Logits and softmax are float32.
-        param_dtype: type of the parameters.
     """
-
-    reduction: int = 8
-    hidden: int | None = None
-    chunk_size: int | None = None
-    dtype: Dtype = None
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Adds to each position what it gathers from all.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: changes nothing here.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: a hidden width or chunk below 1, or x with fewer than three axes.
-        """
-        checks.feature_map(x)
-        c = x.shape[-1]
-        d = hidden_width(c, reduction=self.reduction, hidden=self.hidden)
-        x = x.astype(self.dtype or x.dtype)
-
-        def project(features: int, name: str) -> jax.Array:
-            y = Dense(features, param_dtype=self.param_dtype, name=name)(x)
-            return flatten_positions(y)
-
-        query, key, value = project(d, 'query'), project(d, 'key'), project(c, 'value')
-        y = attend_positions(self, query, key, value, scale=1.0, chunk_size=self.chunk_size)
-        return add_gained(self, x, y.reshape(x.shape))
-
-
-register_attention(
-    'pam',
-    PositionAttention,
-    **_PAPER,
-    family='positions',
-    complexity='N^2 C + N C^2',
-    identity_at_init=True,
-    variants={'authors': {}},
-    torch_names={'authors': _POSITION_NAMES},
-)
 
 
 class ChannelAffinityAttention(nn.Module):
@@ -131,43 +66,16 @@ class ChannelAffinityAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Adds to each channel what it gathers from all.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: changes nothing here.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: an unknown similarity, or x with fewer than three axes.
-        """
+        """Adds to each channel of x `[..., h, w, c]` what it gathers from all."""
         checks.feature_map(x)
         checks.choice('similarity', self.similarity, ('negative_dot', 'dot'))
         x = x.astype(self.dtype or x.dtype)
-        wide = statistics_type(x.dtype)
-        cost.add('matmul', 2 * x.size * x.shape[-1])
         # Height and width stay two axes: folded into one, a TPU copies the whole tensor.
-        energy = jnp.einsum(
-            '...hwi,...hwj->...ij', x, x, precision='highest', preferred_element_type=wide
-        )
+        energy = contract('...hwi,...hwj->...ij', x, x, precision='highest')
         weights = jax.nn.softmax(energy if self.similarity == 'dot' else -energy)
         sow_map(self, lambda: weights)
-        y = jnp.einsum('...ij,...hwj->...hwi', weights.astype(x.dtype), x)
-        return add_gained(self, x, y)
-
-
-register_attention(
-    'cam',
-    ChannelAffinityAttention,
-    **_PAPER,
-    family='channel',
-    complexity='N C^2',
-    identity_at_init=True,
-    variants={'authors': {}, 'paper': {'similarity': 'dot'}},
-    torch_names={'authors': _CHANNEL_NAMES},
-)
+        y = contract('...ij,...hwj->...hwi', weights.astype(x.dtype), x)
+        return add_gained(self, x, y.astype(x.dtype))
 
 
 class DANetHead(nn.Module):
@@ -206,17 +114,12 @@ class DANetHead(nn.Module):
     def __call__(
         self, x: jax.Array, *, train: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Classifies every position three times.
+        """Classifies every position of x `[..., h, w, c]` three times.
 
-        Args:
-            x: `[..., h, w, c]`.
-            train: uses the batch's statistics, and dropout (random stream 'dropout').
+        Training takes its dropout from the random stream 'dropout'.
 
         Returns:
             Logits of both, of position and of channel attention, `[..., h, w, num_classes]` each.
-
-        Raises:
-            ValueError: a number out of range, too few channels, or x with fewer than three axes.
         """
         checks.feature_map(x)
         checks.at_least('num_classes', self.num_classes, 1)
@@ -245,6 +148,50 @@ class DANetHead(nn.Module):
         )
 
 
+class _ConvNorm(nn.Module):
+    """`relu(norm(conv3x3(x)))`, no bias."""
+
+    features: int
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        types = {'param_dtype': self.param_dtype}
+        x = Conv(self.features, (3, 3), use_bias=False, **types, name='conv')(x)
+        return jax.nn.relu(BatchNorm(**types, name='norm')(x, train=train))
+
+
+_PAPER = {
+    'paper': 'Dual Attention Network for Scene Segmentation',
+    'arxiv': '1809.02983',
+    'year': 2019,
+}
+_POSITION_NAMES: dict[ForeignName, TorchName] = {
+    **pointwise({'query_conv': 'query', 'key_conv': 'key', 'value_conv': 'value'}),
+    'gamma': 'gamma',
+}
+_CHANNEL_NAMES: dict[ForeignName, TorchName] = {'gamma': 'gamma'}
+
+register_attention(
+    'pam',
+    PositionAttention,
+    **_PAPER,
+    family='positions',
+    complexity='N^2 C + N C^2',
+    identity_at_init=True,
+    variants={'authors': {}},
+    torch_names={'authors': _POSITION_NAMES},
+)
+register_attention(
+    'cam',
+    ChannelAffinityAttention,
+    **_PAPER,
+    family='channel',
+    complexity='N C^2',
+    identity_at_init=True,
+    variants={'authors': {}, 'paper': {'similarity': 'dot'}},
+    torch_names={'authors': _CHANNEL_NAMES},
+)
 register_attention(
     'danet_head',
     DANetHead,
@@ -253,6 +200,7 @@ register_attention(
     complexity='N^2 C + N C^2 k^2',
     preserves_shape=False,
     placement='none',
+    example=lambda shape: {'num_classes': 21},
     torch_names={
         'authors': {
             'conv5a.0.*': 'position_in/conv/*',
@@ -265,22 +213,13 @@ register_attention(
             'conv51.1.*': 'position_out/norm/*',
             'conv52.0.*': 'channel_out/conv/*',
             'conv52.1.*': 'channel_out/norm/*',
-            'conv6.1.*': ('position_logits/*', 'o i 1 1 -> i o'),
-            'conv7.1.*': ('channel_logits/*', 'o i 1 1 -> i o'),
-            'conv8.1.*': ('fused_logits/*', 'o i 1 1 -> i o'),
+            **pointwise(
+                {
+                    'conv6.1': 'position_logits',
+                    'conv7.1': 'channel_logits',
+                    'conv8.1': 'fused_logits',
+                }
+            ),
         }
     },
 )
-
-
-class _ConvNorm(nn.Module):
-    """`relu(norm(conv3x3(x)))`, no bias."""
-
-    features: int
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        types = {'param_dtype': self.param_dtype}
-        x = Conv(self.features, (3, 3), use_bias=False, **types, name='conv')(x)
-        return jax.nn.relu(BatchNorm(**types, name='norm')(x, train=train))

@@ -4,36 +4,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 from jax import lax
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.functional import cost
-from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.functional.contract import contract
+from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.gating import gate, rescale
 from attention_jax.modules.initializers import Initializer, torch_kernel
 from attention_jax.modules.layers import Dense, LayerNorm
 from attention_jax.modules.maps import sow_map
-from attention_jax.modules.registry import TorchName, register_attention
+from attention_jax.modules.registry import ForeignName, TorchName, pointwise, register_attention
 from attention_jax.modules.widths import hidden_width
-
-
-def _branch_names(theirs: str, ours: str) -> dict[str, TorchName]:
-    """GCNet's names of one branch; its norm has shape [r, 1, 1]."""
-    return {
-        f'{theirs}.0.*': (f'{ours}/reduce/*', 'o i 1 1 -> i o'),
-        f'{theirs}.1.*': (f'{ours}/norm/*', 'r 1 1 -> r'),
-        f'{theirs}.3.*': (f'{ours}/expand/*', 'o i 1 1 -> i o'),
-    }
-
-
-def _timm_names(theirs: str, ours: str) -> dict[str, TorchName]:
-    return {
-        f'{theirs}.fc1.*': (f'{ours}/reduce/*', 'o i 1 1 -> i o'),
-        f'{theirs}.norm.*': f'{ours}/norm/*',
-        f'{theirs}.fc2.*': (f'{ours}/expand/*', 'o i 1 1 -> i o'),
-    }
 
 
 class GlobalContext(nn.Module):
@@ -86,19 +70,7 @@ class GlobalContext(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Adds the global context to x, or gates the channels of x by it.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: changes nothing here.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: an unknown name, no fusion, a hidden width below 1, a linear transform to
-                multiply by, or x with fewer than three axes.
-        """
+        """Adds the global context to x `[..., h, w, c]`, or gates its channels by it."""
         checks.feature_map(x)
         checks.choice('pooling', self.pooling, ('attention', 'average'))
         checks.choice('transform', self.transform, ('bottleneck', 'linear'))
@@ -137,64 +109,23 @@ class GlobalContext(nn.Module):
         logits = _Mask(param_dtype=self.param_dtype, name='mask')(x)
         weights = jax.nn.softmax(logits, axis=(-2, -1))
         sow_map(self, lambda: weights)
-        cost.add('matmul', x.size)
-        return lax.platform_dependent(weights, x, cpu=_sum_of_rows, default=_sum_over_map)
-
-
-register_attention(
-    'gc',
-    GlobalContext,
-    paper='GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond',
-    arxiv='1904.11492',
-    year=2019,
-    family='positions',
-    complexity='N C + C^2/r',
-    identity_at_init=lambda module: module.zero_init and module.fusion == ('add',),
-    placement='branch_but_first',
-    variants={
-        'authors': {},
-        'authors_r4': {'reduction': 4},
-        'authors_average': {'pooling': 'average'},
-        'authors_multiply': {'fusion': ('multiply',)},
-        'authors_both': {'fusion': ('add', 'multiply')},
-        'simplified_non_local': {'transform': 'linear'},
-        'timm': {'reduction': 8, 'fusion': ('multiply',), 'norm_eps': 1e-6},
-    },
-    torch_names={
-        'authors': {
-            'conv_mask.*': ('mask/*', 'o i 1 1 -> i o'),
-            **_branch_names('channel_add_conv', 'add'),
-            **_branch_names('channel_mul_conv', 'multiply'),
-        },
-        'timm': {
-            'conv_attn.*': ('mask/*', 'o i 1 1 -> i o'),
-            **_timm_names('mlp_add', 'add'),
-            **_timm_names('mlp_scale', 'multiply'),
-        },
-        'simplified_non_local': {
-            'conv_mask.*': ('mask/*', 'o i 1 1 -> i o'),
-            'transform.*': ('add/expand/*', 'o i 1 1 -> i o'),
-        },
-    },
-)
+        return lax.platform_dependent(
+            weights.astype(x.dtype), x, cpu=_sum_of_rows, default=_sum_over_map
+        )
 
 
 def _sum_over_map(weights: jax.Array, x: jax.Array) -> jax.Array:
     """`sum_hw weights x`, `[..., c]`; with h and w as one axis a TPU would copy all of x."""
-    return jnp.einsum(
-        '...hw,...hwc->...c', weights.astype(x.dtype), x, preferred_element_type=weights.dtype
-    )
+    return contract('...hw,...hwc->...c', weights, x)
 
 
 def _sum_of_rows(weights: jax.Array, x: jax.Array) -> jax.Array:
     """The same with h and w as one axis: on a CPU the gradient is a third faster so."""
-    *leading, h, w, c = x.shape
-    return jnp.einsum(
-        '...n,...nc->...c',
-        weights.reshape(*leading, h * w).astype(x.dtype),
-        x.reshape(*leading, h * w, c),
-        preferred_element_type=weights.dtype,
+    weights, x = (
+        rearrange(weights, '... h w -> ... (h w)'),
+        rearrange(x, '... h w c -> ... (h w) c'),
     )
+    return contract('...n,...nc->...c', weights, x, count=None)
 
 
 class _Mask(nn.Module):
@@ -211,12 +142,8 @@ class _Mask(nn.Module):
         init = initializers.variance_scaling(2.0, 'fan_in', 'normal')
         kernel = self.param('kernel', init, (x.shape[-1], 1), self.param_dtype)
         bias = self.param('bias', initializers.zeros, (1,), self.param_dtype)
-        cost.add('macs', x.size)
-        wide = statistics_type(x.dtype)
-        logits = jnp.einsum(
-            '...c,c->...', x, kernel[:, 0].astype(x.dtype), preferred_element_type=wide
-        )
-        return logits + bias[0].astype(wide)
+        logits = contract('...c,c->...', x, kernel[:, 0].astype(x.dtype), count='macs')
+        return logits + bias[0].astype(logits.dtype)
 
 
 class _Branch(nn.Module):
@@ -241,3 +168,53 @@ class _Branch(nn.Module):
             param_dtype=self.param_dtype,
             name='expand',
         )(x)
+
+
+def _branch_names(theirs: str, ours: str) -> dict[ForeignName, TorchName]:
+    """GCNet's names of one branch; its norm has shape [r, 1, 1]."""
+    return {
+        **pointwise({f'{theirs}.0': f'{ours}/reduce', f'{theirs}.3': f'{ours}/expand'}),
+        f'{theirs}.1.*': (f'{ours}/norm/*', 'r 1 1 -> r'),
+    }
+
+
+def _timm_names(theirs: str, ours: str) -> dict[ForeignName, TorchName]:
+    return {
+        **pointwise({f'{theirs}.fc1': f'{ours}/reduce', f'{theirs}.fc2': f'{ours}/expand'}),
+        f'{theirs}.norm.*': f'{ours}/norm/*',
+    }
+
+
+register_attention(
+    'gc',
+    GlobalContext,
+    paper='GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond',
+    arxiv='1904.11492',
+    year=2019,
+    family='positions',
+    complexity='N C + C^2/r',
+    identity_at_init=lambda module: module.zero_init and module.fusion == ('add',),
+    placement='branch_but_first',
+    variants={
+        'authors': {},
+        'authors_r4': {'reduction': 4},
+        'authors_average': {'pooling': 'average'},
+        'authors_multiply': {'fusion': ('multiply',)},
+        'authors_both': {'fusion': ('add', 'multiply')},
+        'simplified_non_local': {'transform': 'linear'},
+        'timm': {'reduction': 8, 'fusion': ('multiply',), 'norm_eps': 1e-6},
+    },
+    torch_names={
+        'authors': {
+            **pointwise({'conv_mask': 'mask'}),
+            **_branch_names('channel_add_conv', 'add'),
+            **_branch_names('channel_mul_conv', 'multiply'),
+        },
+        'timm': {
+            **pointwise({'conv_attn': 'mask'}),
+            **_timm_names('mlp_add', 'add'),
+            **_timm_names('mlp_scale', 'multiply'),
+        },
+        'simplified_non_local': pointwise({'conv_mask': 'mask', 'transform': 'add/expand'}),
+    },
+)

@@ -9,7 +9,7 @@ from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.gating import activation, gate, rescale
 from attention_jax.modules.layers import BatchNorm, Dense
 from attention_jax.modules.maps import sow_map
-from attention_jax.modules.registry import register_attention
+from attention_jax.modules.registry import pointwise, register_attention
 from attention_jax.modules.widths import hidden_width
 
 
@@ -56,18 +56,7 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Gates the channels of x.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: uses the batch's statistics where there is a norm.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: an unknown name, a hidden width below 1, or x with fewer than three axes.
-        """
+        """Gates the channels of x `[..., h, w, c]`; `train` is for the norm."""
         checks.feature_map(x)
         checks.choice('squeeze', self.squeeze, ('average', 'average_max'))
         checks.choice('normalization', self.normalization, (None, 'batch'))
@@ -109,15 +98,8 @@ register_attention(
         'mobilenet_v3': {'reduction': 4, 'gate': 'hard_sigmoid'},
     },
     torch_names={
-        'torchvision': {
-            'fc1.*': ('fc1/*', 'o i 1 1 -> i o'),
-            'bn.*': 'norm/*',
-            'fc2.*': ('fc2/*', 'o i 1 1 -> i o'),
-        },
-        'efficientnet': {
-            'conv_reduce.*': ('fc1/*', 'o i 1 1 -> i o'),
-            'conv_expand.*': ('fc2/*', 'o i 1 1 -> i o'),
-        },
+        'torchvision': {**pointwise({'fc1': 'fc1', 'fc2': 'fc2'}), 'bn.*': 'norm/*'},
+        'efficientnet': pointwise({'conv_reduce': 'fc1', 'conv_expand': 'fc2'}),
         'article': {'fc.0.*': 'fc1/*', 'fc.2.*': 'fc2/*'},
     },
 )
