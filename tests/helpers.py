@@ -1,5 +1,6 @@
 """What the tests of mechanisms share: random variables, and a comparison with a plain reading."""
 
+import ast
 import json
 import pathlib
 import zlib
@@ -180,6 +181,16 @@ def convolve(
     kernel = kernel.reshape(*kernel.shape[:-1], groups, outputs // groups)
     y = xp.einsum('bpaqcgi,acigo->bpqgo', windows, kernel)
     return y.reshape(*y.shape[:3], outputs)
+
+
+def contracts(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Mechanism -> what is expected of it: the literal `CONTRACT` of each test file in `folder`."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob('*_test.py')):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'CONTRACT':
+                found |= ast.literal_eval(node.value)
+    return found
 
 
 def reference_cases(name: str = '*', folder: pathlib.Path = REFERENCE) -> list[pathlib.Path]:

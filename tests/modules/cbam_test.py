@@ -6,6 +6,13 @@ import pytest
 from attention_jax import CBAM, CBAMChannel, CBAMSpatial
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {
+    'cbam': {'counts': (8_564, 323_712)},
+    'cbam_channel': {'counts': (8_464, 16_384)},
+    'cbam_spatial': {'counts': (100, 307_328)},
+}
+
 
 def channel_half(xp, params, x, pool_types=('avg', 'max'), mode='full'):
     """The equation in plain arrays: x times the gate of its channels."""

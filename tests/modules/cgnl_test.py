@@ -12,6 +12,9 @@ from attention_jax.models import placement
 from attention_jax.modules.registry import attention_entry
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {'cgnl': {'counts': (102_912, 321_929_216)}}
+
 
 def reading(groups=8, order=None, gamma=1e-4, scale=False, eps=1e-5, residual=True):
     """Group by group, in plain arrays; every scalar with every other would be the outer product."""

@@ -9,6 +9,9 @@ from attention_jax.models import placement
 from attention_jax.modules.registry import attention_entry
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {'criss_cross': {'counts': (82_241, 716_111_872), 'zero_gradients': {'': ('key/bias',)}}}
+
 
 def reading(recurrence, spatial_dims=2):
     """All pairs of positions, with the logits off the lines taken out."""

@@ -8,6 +8,9 @@ from attention_jax import CrossLayerNonLocal
 from attention_jax.interop import torch
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {'cross_layer_non_local': {'counts': (33_280, 732_168_192)}}
+
 X, LARGE, SMALL = (2, 3, 4, 16), (2, 5, 4, 6), (2, 2, 2, 10)
 
 

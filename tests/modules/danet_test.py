@@ -9,6 +9,16 @@ from attention_jax.models import placement
 from attention_jax.modules.registry import attention_entry
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {
+    'cam': {'counts': (1, 411_041_792)},
+    'danet_head': {
+        'counts': (378_449, 1_918_529_536),
+        'zero_gradients': {'': ('position/key/bias',)},
+    },
+    'pam': {'counts': (82_241, 3_089_235_968), 'zero_gradients': {'': ('key/bias',)}},
+}
+
 
 def softmax(xp, s):
     p = xp.exp(s - s.max(-1, keepdims=True))

@@ -9,6 +9,17 @@ from attention_jax.models import placement
 from attention_jax.modules.registry import attention_entry
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {
+    'double_attention': {
+        'counts': (65_984, 231_211_008),
+        'zero_gradients': {
+            '': ('gather/bias',),
+            'double_atten': ('gather/bias', 'distribute/bias'),
+        },
+    }
+}
+
 
 def reading(spatial_dims=2, mean=False, distribute_axis=-1, residual=True, train=False):
     """The equation in plain arrays, by the map of all pairs."""

@@ -8,6 +8,18 @@ from attention_jax import DownsampledSelfAttention
 from attention_jax.interop import torch
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {
+    'downsampled_self_attention': {
+        'counts': (82_240, 4_705_568),
+        'zero_gradients': {'': ('key/bias',)},
+        'too_small': (
+            'pool_size 8 must be positive and divide the sides of x',
+            'pool_size 8 must be positive and divide the sides of x',
+        ),
+    }
+}
+
 
 def taps(length, s):
     """Bilinear enlargement by s as a matrix [length * s, length]; the border is repeated."""

@@ -6,6 +6,9 @@ import pytest
 from attention_jax import EfficientChannelAttention
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {'eca': {'counts': (3, 768)}}
+
 
 def correlate(y, kernel, circular):
     """`v[i] = sum_j kernel[i, j] y[i + j - p]` as a matrix over channels; kernel `[c, k]`."""

@@ -6,6 +6,18 @@ import pytest
 from attention_jax import ExternalAttention, MultiHeadExternalAttention, functional
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {
+    'external_attention': {
+        'counts': (164_608, 513_802_240),
+        'zero_gradients': {'': ('in_projection/bias',)},
+    },
+    'multihead_external_attention': {
+        'counts': (529_760, 2_055_208_960),
+        'zero_gradients': {'': ('in_projection/bias', 'memory_key/bias')},
+    },
+}
+
 CORE = {'projection': False, 'residual': False, 'activation': None}
 
 

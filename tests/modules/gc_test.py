@@ -6,6 +6,9 @@ import pytest
 from attention_jax import GlobalContext
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {'gc': {'counts': (8_753, 1_613_824), 'zero_gradients': {'': ('mask/bias',)}}}
+
 
 def reading(eps=1e-5, gate=helpers.sigmoid):
     """The equation in plain arrays; pooling, fusion and transform are seen from the variables."""

@@ -6,6 +6,14 @@ import pytest
 from attention_jax import IterativeSqrtCovariancePooling
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {
+    'isqrt_cov': {
+        'counts': (66_048, 612_368_384),
+        'too_small': (None, 'x must have more than one position'),
+    }
+}
+
 
 def reading(iterations=5, vectorize=True, triangle='upper', epsilon=0.0, train=False):
     """The equation in plain arrays, with the explicit centring matrix; 0 iterations: covariance."""

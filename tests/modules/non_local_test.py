@@ -9,6 +9,14 @@ from attention_jax.functional import cost
 from attention_jax.interop import torch
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {
+    'non_local': {
+        'counts': (132_224, 886_308_864),
+        'too_small': ('pool_size 2 leaves nothing of x', 'pool_size 2 leaves nothing of x'),
+    }
+}
+
 
 def max_pool(xp, x, s, spatial_dims):
     """Windows of s by s (s on a line), what is left over dropped; frames are never pooled."""

@@ -7,6 +7,29 @@ import attention_jax
 from attention_jax import PyramidSelfAttention
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {
+    'pyramid_self_attention': {
+        'counts': (591_616, 5_611_382_784),
+        'zero_gradients': {
+            '': (
+                'level_0/key/bias',
+                'level_0/key_norm/bias',
+                'level_1/key/bias',
+                'level_1/key_norm/bias',
+                'level_2/key/bias',
+                'level_2/key_norm/bias',
+                'level_3/key/bias',
+                'level_3/key_norm/bias',
+            )
+        },
+        'too_small': (
+            'scales 2 must be positive and divide the pooled sides',
+            'scales 2 must be positive and divide the pooled sides',
+        ),
+    }
+}
+
 
 def reading(scales, images, s=1, residual=False, train=False):
     """The equations in plain arrays, region by region."""

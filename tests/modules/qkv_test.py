@@ -8,6 +8,15 @@ from attention_jax import QKVAttention, functional
 from attention_jax.interop import torch
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {
+    'qkv': {
+        'counts': (82_241, 3_089_235_968),
+        'zero_gradients': {'': ('key/bias',), 'channel': (), 'cosine_sigmoid': (), 'mlp': ()},
+        'half_error': {'channel': 0.2},
+    }
+}
+
 
 def pooled(y, s, dims, kind):
     """Windows of s by s (s on a line), what is left over dropped; frames are never pooled."""

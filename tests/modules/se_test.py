@@ -6,6 +6,9 @@ import pytest
 from attention_jax import SqueezeExcite
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {'se': {'counts': (8_464, 8_192)}}
+
 
 def reading(train=False, squeeze='average', activation=None, gate=helpers.sigmoid):
     """The equation in plain arrays."""

@@ -10,6 +10,11 @@ from attention_jax.interop import torch
 from attention_jax.modules.registry import attention_entry
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {
+    'self_attention': {'counts': (82_241, 3_089_235_968), 'zero_gradients': {'': ('key/bias',)}}
+}
+
 OFFICIAL = attention_entry('self_attention').variants['official']
 
 

@@ -7,6 +7,9 @@ from attention_jax import SelectiveKernel
 from attention_jax.interop import torch
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {'sk': {'counts': (62_528, 115_630_080)}}
+
 
 def reading(module, train=False):
     """The equation in plain arrays, the branches stacked."""

@@ -7,6 +7,9 @@ from attention_jax import SelectiveKernel, SplitAttention, SqueezeExcite
 from attention_jax.interop import torch
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {'split_attention': {'counts': (690_048, 1_849_786_368)}}
+
 
 def reading(module, train=False):
     """The equation in plain arrays, group by group and split by split."""

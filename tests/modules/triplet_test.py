@@ -7,6 +7,9 @@ import attention_jax
 from attention_jax import CBAMSpatial, TripletAttention
 from tests import helpers
 
+# What `contract_test.py` expects.
+CONTRACT = {'triplet': {'counts': (300, 3_117_184)}}
+
 # What each plane's gate pools, and its two axes, of x [b, h, w, c].
 PLANES = {'cw': (1, (3, 2)), 'hc': (2, (1, 3)), 'hw': (3, (1, 2))}
 
