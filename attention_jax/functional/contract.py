@@ -27,7 +27,8 @@ def contract(
         a: the first array.
         b: the second array.
         count: 'matmul' for a product of two activations, 'macs' for one with parameters; None for
-            one that is counted elsewhere: in the body of a loop, or a second form of the same work.
+            one that is counted elsewhere: in the body of a loop, or in what JAX traces once
+            and keeps, such as a branch.
         precision: as of `jnp.einsum`; None is JAX's own setting.
 
     Returns:

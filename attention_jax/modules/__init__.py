@@ -26,6 +26,7 @@ from attention_jax.modules.pyramid_self_attention import PyramidSelfAttention
 from attention_jax.modules.qkv import QKVAttention
 from attention_jax.modules.se import SqueezeExcite
 from attention_jax.modules.self_attention import SelfAttention
+from attention_jax.modules.simam import SimAM
 from attention_jax.modules.sk import SelectiveKernel
 from attention_jax.modules.split_attention import SplitAttention
 from attention_jax.modules.triplet import TripletAttention
@@ -56,6 +57,7 @@ __all__ = [
     'QKVAttention',
     'SelectiveKernel',
     'SelfAttention',
+    'SimAM',
     'SplitAttention',
     'SqueezeExcite',
     'TripletAttention',

@@ -10,6 +10,7 @@ from jax import lax
 from jax.nn import initializers
 
 from attention_jax import checks, functional
+from attention_jax.functional import cost
 from attention_jax.functional.contract import contract
 from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.gating import gate, rescale
@@ -109,6 +110,7 @@ class GlobalContext(nn.Module):
         logits = _Mask(param_dtype=self.param_dtype, name='mask')(x)
         weights = jax.nn.softmax(logits, axis=(-2, -1))
         sow_map(self, lambda: weights)
+        cost.add('matmul', x.size)  # here: what a branch is made of is traced once and kept
         return lax.platform_dependent(
             weights.astype(x.dtype), x, cpu=_sum_of_rows, default=_sum_over_map
         )
@@ -116,7 +118,7 @@ class GlobalContext(nn.Module):
 
 def _sum_over_map(weights: jax.Array, x: jax.Array) -> jax.Array:
     """`sum_hw weights x`, `[..., c]`; with h and w as one axis a TPU would copy all of x."""
-    return contract('...hw,...hwc->...c', weights, x)
+    return contract('...hw,...hwc->...c', weights, x, count=None)
 
 
 def _sum_of_rows(weights: jax.Array, x: jax.Array) -> jax.Array:
