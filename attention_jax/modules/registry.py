@@ -41,7 +41,6 @@ class AttentionEntry:
         identity_at_init: the module returns its input when freshly initialised; a function of the
             module where that depends on its arguments.
         has_map: it sows an attention map.
-        fixed_size: its parameters depend on the map's height and width.
         replaces_convolution: it stands in the place of a 3x3 convolution.
         placement: where a backbone puts it when it is not told: `models.placement.default`.
         variants: published forms: name -> arguments.
@@ -65,7 +64,6 @@ class AttentionEntry:
     preserves_shape: bool = True
     identity_at_init: bool | Callable[[Any], bool] = False
     has_map: bool = True
-    fixed_size: bool = False
     replaces_convolution: bool = False
     placement: str = 'branch'
     variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)

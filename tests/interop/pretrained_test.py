@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from PIL import Image
+from safetensors import SafetensorError
 
 import attention_jax
 from attention_jax import data, load_pretrained
@@ -307,7 +308,7 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match='has no argument'):
         pretrained.save(tmp_path / 'x.safetensors', NAME, variables, arguments={'depth': 3})
     variables = {'params': {'a': np.array(['text'])}}
-    with pytest.raises(Exception, match='dtype'):
+    with pytest.raises(SafetensorError, match='dtype'):
         pretrained.save(tmp_path / 'x.safetensors', NAME, variables)
     assert not list(tmp_path.iterdir())
 

@@ -160,7 +160,10 @@ def test_every_mechanism_has_a_place_or_the_reason_why_not():
         'sk',
         'split_attention',
     }
-    assert "no place in MobileNetV2, whose blocks lack 'conv2'" in refused['sk']
+    for name in ('sk', 'split_attention'):
+        assert "no place in MobileNetV2, whose blocks lack 'conv2'" in refused.pop(name)
+    for name, reason in refused.items():
+        assert f'attention {name!r} has no place inside a backbone' in reason
 
 
 def test_initialisations():
