@@ -13,53 +13,8 @@ from attention_jax.modules.gating import rescale
 from attention_jax.modules.initializers import kaiming_fan_out
 from attention_jax.modules.layers import BatchNorm, Conv, Dense
 from attention_jax.modules.maps import sow_map
-from attention_jax.modules.registry import TorchName, TorchNames, register_attention
+from attention_jax.modules.registry import TorchNames, register_attention
 from attention_jax.modules.widths import hidden_width
-
-
-def _torch_names(module: 'BAM') -> TorchNames:
-    """Names in the released code and in two collections.
-
-    The authors number a dense layer from 0 and its norm from 1; changzy00/pytorch-attention numbers
-    the places in a sequence. 'xmu' is xmu-xiaoma666/External-Attention-pytorch.
-    """
-    channel, spatial = 'channel_att.gate_c.gate_c', 'spatial_att.gate_s.gate_s'
-    authors: dict[str, TorchName] = {
-        f'{channel}_fc_final.*': 'channel/out/*',
-        f'{spatial}_conv_reduce0.*': 'spatial/reduce/*',
-        f'{spatial}_bn_reduce0.*': 'spatial/reduce_norm/*',
-        f'{spatial}_conv_di_{{i}}.*': 'spatial/conv{i}/*',
-        f'{spatial}_bn_di_{{i}}.*': 'spatial/norm{i}/*',
-        f'{spatial}_conv_final.*': 'spatial/out/*',
-    }
-    changzy00: dict[str, TorchName] = {
-        f'channel_attn.mlp.{2 * module.channel_layers}.*': 'channel/out/*',
-        'channel_attn.bn.*': 'channel/out_norm/*',
-        'spatial_attn.conv1.*': 'spatial/reduce/*',
-        'spatial_attn.conv3.*': 'spatial/out/*',
-        'spatial_attn.bn.*': 'spatial/out_norm/*',
-    }
-    for i in range(module.channel_layers):
-        authors[f'{channel}_fc_{i}.*'] = f'channel/fc{i}/*'
-        authors[f'{channel}_bn_{i + 1}.*'] = f'channel/norm{i}/*'
-        changzy00[f'channel_attn.mlp.{2 * i}.*'] = f'channel/fc{i}/*'
-    for i in range(module.dilated_layers):
-        changzy00[f'spatial_attn.conv2.{3 * i}.*'] = f'spatial/conv{i}/*'
-        changzy00[f'spatial_attn.conv2.{3 * i + 1}.*'] = f'spatial/norm{i}/*'
-    return {
-        'authors': authors,
-        'xmu': {
-            'ca.ca.fc{i}.*': 'channel/fc{i}/*',
-            'ca.ca.bn{i}.*': 'channel/norm{i}/*',
-            'ca.ca.last_fc.*': 'channel/out/*',
-            'sa.sa.conv_reduce1.*': 'spatial/reduce/*',
-            'sa.sa.bn_reduce1.*': 'spatial/reduce_norm/*',
-            'sa.sa.conv_{i}.*': 'spatial/conv{i}/*',
-            'sa.sa.bn_{i}.*': 'spatial/norm{i}/*',
-            'sa.sa.last_conv.*': 'spatial/out/*',
-        },
-        'changzy00': changzy00,
-    }
 
 
 class BAM(nn.Module):
@@ -123,19 +78,7 @@ class BAM(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Gates every entry of x.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: uses the batch's statistics in the norms.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: an unknown name, a number out of range, a hidden width below 1, x with fewer
-                than three axes, or a batch of one in training.
-        """
+        """Gates every entry of x `[..., h, w, c]`; a batch of one is refused in training."""
         checks.feature_map(x)
         checks.choice('combine', self.combine, ('multiply', 'add'))
         checks.choice('norm_position', self.norm_position, ('hidden', 'output'))
@@ -143,28 +86,17 @@ class BAM(nn.Module):
         checks.at_least('dilated_layers', self.dilated_layers, 0)
         checks.at_least('dilation', self.dilation, 1)
         checks.odd('kernel_size', self.kernel_size)
-        hidden = hidden_width(x.shape[-1], reduction=self.reduction, hidden=self.hidden)
+        r = hidden_width(x.shape[-1], reduction=self.reduction, hidden=self.hidden)
         x = x.astype(self.dtype or x.dtype)
 
+        types = {'param_dtype': self.param_dtype}
         norm = functools.partial(
-            BatchNorm,
-            momentum=self.norm_momentum,
-            epsilon=self.norm_eps,
-            param_dtype=self.param_dtype,
+            BatchNorm, momentum=self.norm_momentum, epsilon=self.norm_eps, **types
         )
-        settings = {
-            'hidden': hidden,
-            'norm': norm,
-            'norm_output': self.norm_position == 'output',
-            'param_dtype': self.param_dtype,
-        }
-        channel = _ChannelBranch(layers=self.channel_layers, **settings, name='channel')(x, train)
+        common = {'norm': norm, 'norm_output': self.norm_position == 'output', **types}
+        channel = _ChannelBranch(r, self.channel_layers, **common, name='channel')(x, train)
         spatial = _SpatialBranch(
-            layers=self.dilated_layers,
-            dilation=self.dilation,
-            kernel_size=self.kernel_size,
-            **settings,
-            name='spatial',
+            r, self.dilated_layers, self.dilation, self.kernel_size, **common, name='spatial'
         )(x, train)
         channel = jnp.expand_dims(channel, (-3, -2))
         spatial = spatial.astype(statistics_type(x.dtype))
@@ -172,25 +104,6 @@ class BAM(nn.Module):
         g = jax.nn.sigmoid(channel * spatial if self.combine == 'multiply' else channel + spatial)
         sow_map(self, lambda: g, 'gate')
         return rescale(x, 1 + g if self.residual else g)
-
-
-register_attention(
-    'bam',
-    BAM,
-    paper='BAM: Bottleneck Attention Module',
-    arxiv='1807.06514',
-    year=2018,
-    family='mixed',
-    complexity='N C^2 (1/r + k^2/r^2)',
-    placement='stage',
-    variants={
-        'authors': {},
-        'paper': {'combine': 'add'},
-        'paper_norm_output': {'combine': 'add', 'norm_position': 'output'},
-        'xmu': {'channel_layers': 3, 'dilated_layers': 3, 'dilation': 2, 'combine': 'add'},
-    },
-    torch_names=_torch_names,
-)
 
 
 class _ChannelBranch(nn.Module):
@@ -231,12 +144,8 @@ class _SpatialBranch(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = functools.partial(
-            Conv,
-            kernel_init=kaiming_fan_out,
-            bias_init=initializers.zeros,
-            param_dtype=self.param_dtype,
-        )
+        inits = {'kernel_init': kaiming_fan_out, 'bias_init': initializers.zeros}
+        conv = functools.partial(Conv, **inits, param_dtype=self.param_dtype)
         window = (self.kernel_size, self.kernel_size)
         u = conv(self.hidden, (1, 1), name='reduce')(x)
         if not self.norm_output:
@@ -249,3 +158,63 @@ class _SpatialBranch(nn.Module):
             u = self.norm(name='out_norm')(u, train=train)
         sow_map(self, lambda: u[..., 0])
         return u
+
+
+def _torch_names(module: BAM) -> TorchNames:
+    """Names in the released code and in two collections.
+
+    The authors number a dense layer from 0 and its norm from 1; changzy00/pytorch-attention numbers
+    the places in a sequence. 'xmu' is xmu-xiaoma666/External-Attention-pytorch.
+    """
+    layers, dilated = range(module.channel_layers), range(module.dilated_layers)
+    return {
+        'authors': {
+            'channel_att.gate_c.gate_c_fc_{i}.*': 'channel/fc{i}/*',
+            **{f'channel_att.gate_c.gate_c_bn_{i + 1}.*': f'channel/norm{i}/*' for i in layers},
+            'channel_att.gate_c.gate_c_fc_final.*': 'channel/out/*',
+            'spatial_att.gate_s.gate_s_conv_reduce0.*': 'spatial/reduce/*',
+            'spatial_att.gate_s.gate_s_bn_reduce0.*': 'spatial/reduce_norm/*',
+            'spatial_att.gate_s.gate_s_conv_di_{i}.*': 'spatial/conv{i}/*',
+            'spatial_att.gate_s.gate_s_bn_di_{i}.*': 'spatial/norm{i}/*',
+            'spatial_att.gate_s.gate_s_conv_final.*': 'spatial/out/*',
+        },
+        'xmu': {
+            'ca.ca.fc{i}.*': 'channel/fc{i}/*',
+            'ca.ca.bn{i}.*': 'channel/norm{i}/*',
+            'ca.ca.last_fc.*': 'channel/out/*',
+            'sa.sa.conv_reduce1.*': 'spatial/reduce/*',
+            'sa.sa.bn_reduce1.*': 'spatial/reduce_norm/*',
+            'sa.sa.conv_{i}.*': 'spatial/conv{i}/*',
+            'sa.sa.bn_{i}.*': 'spatial/norm{i}/*',
+            'sa.sa.last_conv.*': 'spatial/out/*',
+        },
+        'changzy00': {
+            **{f'channel_attn.mlp.{2 * i}.*': f'channel/fc{i}/*' for i in layers},
+            f'channel_attn.mlp.{2 * len(layers)}.*': 'channel/out/*',
+            'channel_attn.bn.*': 'channel/out_norm/*',
+            'spatial_attn.conv1.*': 'spatial/reduce/*',
+            **{f'spatial_attn.conv2.{3 * i}.*': f'spatial/conv{i}/*' for i in dilated},
+            **{f'spatial_attn.conv2.{3 * i + 1}.*': f'spatial/norm{i}/*' for i in dilated},
+            'spatial_attn.conv3.*': 'spatial/out/*',
+            'spatial_attn.bn.*': 'spatial/out_norm/*',
+        },
+    }
+
+
+register_attention(
+    'bam',
+    BAM,
+    paper='BAM: Bottleneck Attention Module',
+    arxiv='1807.06514',
+    year=2018,
+    family='mixed',
+    complexity='N C^2 (1/r + k^2/r^2)',
+    placement='stage',
+    variants={
+        'authors': {},
+        'paper': {'combine': 'add'},
+        'paper_norm_output': {'combine': 'add', 'norm_position': 'output'},
+        'xmu': {'channel_layers': 3, 'dilated_layers': 3, 'dilation': 2, 'combine': 'add'},
+    },
+    torch_names=_torch_names,
+)

@@ -1,4 +1,4 @@
-"""What gates are made of: activations and gates by name, the product, and the gate of a plane."""
+"""What gates are made of: activations and gates by name, squeezes, the product, a plane's gate."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
 
-from attention_jax import checks
+from attention_jax import checks, functional
 from attention_jax.functional.dtypes import Dtype, statistics_type
 from attention_jax.modules.initializers import kaiming_fan_out
 from attention_jax.modules.layers import BatchNorm, Conv
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+Function = Callable[[jax.Array], jax.Array]
+
+ACTIVATIONS: dict[str, Function] = {
     'relu': jax.nn.relu,
     'silu': jax.nn.silu,
     'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -20,23 +22,30 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'identity': lambda x: x,
 }
 
-
-GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
+GATES: dict[str, Function] = {
     'sigmoid': jax.nn.sigmoid,
     'hard_sigmoid': jax.nn.hard_sigmoid,
 }
 
 
-def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """Returns an activation by name; a ValueError names the argument `activation`."""
-    checks.choice('activation', name, ACTIVATIONS)
-    return ACTIVATIONS[name]
+def activation(name: str, **more: Function) -> Function:
+    """Returns an activation of `ACTIVATIONS` or `more`; a ValueError names the argument."""
+    checks.choice('activation', name, ACTIVATIONS | more)
+    return (ACTIVATIONS | more)[name]
 
 
-def gate(name: str) -> Callable[[jax.Array], jax.Array]:
-    """Returns a gate, a function into [0, 1], by name; a ValueError names the argument `gate`."""
-    checks.choice('gate', name, GATES)
-    return GATES[name]
+def gate(name: str, **more: Function) -> Function:
+    """Returns a gate, a function into [0, 1], of `GATES` or `more`; a ValueError names `gate`."""
+    checks.choice('gate', name, GATES | more)
+    return (GATES | more)[name]
+
+
+def squeeze(name: str, x: jax.Array) -> jax.Array:
+    """The mean over positions, `[..., c]`; by 'average_max' half of it plus half the maximum."""
+    checks.choice('squeeze', name, ('average', 'average_max'))
+    if name == 'average':
+        return functional.spatial_mean(x)
+    return 0.5 * sum(functional.spatial_mean_and_max(x))
 
 
 def rescale(x: jax.Array, g: jax.Array) -> jax.Array:
@@ -61,7 +70,6 @@ class PlaneGate(nn.Module):
         norm_momentum: of that norm, in Flax's sense.
         norm_eps: of that norm.
         norm_scale_init: initial scale of that norm.
-        dtype: type of the output; None is the input's.
         param_dtype: type of the parameters.
     """
 
@@ -71,7 +79,6 @@ class PlaneGate(nn.Module):
     norm_momentum: float = 0.99
     norm_eps: float = 1e-5
     norm_scale_init: float = 0.0
-    dtype: Dtype = None
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -84,7 +91,6 @@ class PlaneGate(nn.Module):
             use_bias=self.conv_bias,
             kernel_init=kaiming_fan_out,
             bias_init=initializers.zeros,
-            dtype=self.dtype,
             param_dtype=self.param_dtype,
             name='conv',
         )(z)
@@ -93,7 +99,6 @@ class PlaneGate(nn.Module):
                 momentum=self.norm_momentum,
                 epsilon=self.norm_eps,
                 scale_init=initializers.constant(self.norm_scale_init),
-                dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 name='norm',
             )(z, train=train)

@@ -1,7 +1,7 @@
 """The few layers that every mechanism and network stands on.
 
-Types: `dtype=None` computes in the input's type (parameters are cast to it), so a bfloat16 input
-gives a bfloat16 output. Statistics, softmax and gates are float32 inside, float64 for float64.
+Types: they compute in the input's type (parameters are cast to it), so a bfloat16 input gives a
+bfloat16 output. Statistics, softmax and gates are float32 inside, float64 for float64.
 """
 
 import math
@@ -27,7 +27,6 @@ class Dense(nn.Module):
         use_bias: adds a bias.
         kernel_init: initialiser of the kernel `[c, features]`; default PyTorch's.
         bias_init: initialiser of the bias `[features]`; None is PyTorch's, U(+-1/sqrt(c)).
-        dtype: type of the computation and the output; None is the input's.
         param_dtype: type of the parameters.
     """
 
@@ -35,21 +34,14 @@ class Dense(nn.Module):
     use_bias: bool = True
     kernel_init: Initializer = torch_kernel
     bias_init: Initializer | None = None
-    dtype: Dtype = None
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the layer to `[..., c]`."""
-        dtype = self.dtype or x.dtype
-        c = x.shape[-1]
-        kernel = self.param('kernel', self.kernel_init, (c, self.features), self.param_dtype)
-        y = functional.dense(x.astype(dtype), kernel.astype(dtype))
-        if self.use_bias:
-            bias_init = self.bias_init or torch_bias(c)
-            bias = self.param('bias', bias_init, (self.features,), self.param_dtype)
-            y = y + expand_to(bias.astype(dtype), y)
-        return y
+        shape = (x.shape[-1], self.features)
+        kernel = self.param('kernel', self.kernel_init, shape, self.param_dtype)
+        return _with_bias(self, functional.dense(x, kernel.astype(x.dtype)), fan_in=shape[0])
 
 
 class Conv(nn.Module):
@@ -66,7 +58,6 @@ class Conv(nn.Module):
         use_bias: adds a bias.
         kernel_init: initialiser of the kernel `[*window, c / groups, features]`; default PyTorch's.
         bias_init: initialiser of the bias; None is PyTorch's, U(+-1/sqrt(fan_in)).
-        dtype: type of the computation and the output; None is the input's.
         param_dtype: type of the parameters.
     """
 
@@ -79,30 +70,32 @@ class Conv(nn.Module):
     use_bias: bool = True
     kernel_init: Initializer = torch_kernel
     bias_init: Initializer | None = None
-    dtype: Dtype = None
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the convolution to `[..., *spatial, c]`."""
-        dtype = self.dtype or x.dtype
         c = x.shape[-1]
         checks.divides('groups', self.groups, 'the channels', c)
         shape = (*self.kernel_size, c // self.groups, self.features)
         kernel = self.param('kernel', self.kernel_init, shape, self.param_dtype)
         y = functional.conv(
-            x.astype(dtype),
-            kernel.astype(dtype),
+            x,
+            kernel.astype(x.dtype),
             strides=self.strides,
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
         )
-        if self.use_bias:
-            bias_init = self.bias_init or torch_bias(math.prod(shape[:-1]))
-            bias = self.param('bias', bias_init, (self.features,), self.param_dtype)
-            y = y + expand_to(bias.astype(dtype), y)
+        return _with_bias(self, y, fan_in=math.prod(shape[:-1]))
+
+
+def _with_bias(layer: Dense | Conv, y: jax.Array, fan_in: int) -> jax.Array:
+    if not layer.use_bias:
         return y
+    init = layer.bias_init or torch_bias(fan_in)
+    bias = layer.param('bias', init, (layer.features,), layer.param_dtype)
+    return y + expand_to(bias.astype(y.dtype), y)
 
 
 class BatchNorm(nn.Module):
@@ -116,16 +109,12 @@ class BatchNorm(nn.Module):
         momentum: of the running statistics in Flax's sense (1 - PyTorch's).
         epsilon: added to the variance.
         scale_init: initialiser of the scale `[c]`.
-        bias_init: initialiser of the bias `[c]`.
-        dtype: type of the output; None is the input's. Statistics are float32 or float64.
         param_dtype: type of the parameters.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
     scale_init: Initializer = initializers.ones
-    bias_init: Initializer = initializers.zeros
-    dtype: Dtype = None
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -140,13 +129,12 @@ class BatchNorm(nn.Module):
         running_mean = self.variable('batch_stats', 'mean', jnp.zeros, features, jnp.float32)
         running_var = self.variable('batch_stats', 'var', jnp.ones, features, jnp.float32)
         scale = self.param('scale', self.scale_init, features, self.param_dtype)
-        bias = self.param('bias', self.bias_init, features, self.param_dtype)
+        bias = self.param('bias', initializers.zeros, features, self.param_dtype)
 
-        dtype = self.dtype or x.dtype
         if not train or self.is_initializing():
             values = (running_mean.value, running_var.value, scale, bias)
             y = normalize(x.astype(compute), *(v.astype(compute) for v in values), self.epsilon)
-            return y.astype(dtype)
+            return y.astype(x.dtype)
         count = math.prod(x.shape[:-1])
         if count == 1:
             raise ValueError(
@@ -157,7 +145,7 @@ class BatchNorm(nn.Module):
         old, new = self.momentum, 1 - self.momentum
         for running, value in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
             running.value = old * running.value + new * value.astype(running.value.dtype)
-        return y.astype(dtype)
+        return y.astype(x.dtype)
 
 
 class StochasticDepth(nn.Module):
@@ -184,12 +172,10 @@ class LayerNorm(nn.Module):
 
     Attributes:
         epsilon: added to the variance (PyTorch's default 1e-5; Flax's is 1e-6).
-        dtype: type of the output; None is the input's.
         param_dtype: type of the parameters.
     """
 
     epsilon: float = 1e-5
-    dtype: Dtype = None
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -203,4 +189,4 @@ class LayerNorm(nn.Module):
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
         y = y * expand_to(scale.astype(compute), x) + expand_to(bias.astype(compute), x)
-        return y.astype(self.dtype or x.dtype)
+        return y.astype(x.dtype)

@@ -131,6 +131,12 @@ def field_names(cls: type[nn.Module]) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.init and f.name != 'parent']
 
 
-def pointwise(layers: Mapping[str, str]) -> dict[ForeignName, TorchName]:
+def shared_fields(module: nn.Module, cls: type[nn.Module]) -> dict[str, Any]:
+    """The fields of `cls`, a part of `module`, that `module` has under the same names."""
+    return {f: getattr(module, f) for f in field_names(cls) if f != 'name' and hasattr(module, f)}
+
+
+def pointwise(layers: Mapping[str, str], spatial_dims: int = 2) -> dict[ForeignName, TorchName]:
     """Their 1x1 convolutions that are dense layers of ours: their layer -> our layer, as names."""
-    return {f'{theirs}.*': (f'{ours}/*', 'o i 1 1 -> i o') for theirs, ours in layers.items()}
+    pattern = f'o i {" ".join("1" * spatial_dims)} -> i o'
+    return {f'{theirs}.*': (f'{ours}/*', pattern) for theirs, ours in layers.items()}

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attention_jax import checks, functional
+from attention_jax import checks
 from attention_jax.functional.dtypes import Dtype
-from attention_jax.modules.gating import activation, gate, rescale
+from attention_jax.modules.gating import activation, gate, rescale, squeeze
 from attention_jax.modules.layers import BatchNorm, Dense
 from attention_jax.modules.maps import sow_map
 from attention_jax.modules.registry import pointwise, register_attention
@@ -58,7 +58,6 @@ class SqueezeExcite(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Gates the channels of x `[..., h, w, c]`; `train` is for the norm."""
         checks.feature_map(x)
-        checks.choice('squeeze', self.squeeze, ('average', 'average_max'))
         checks.choice('normalization', self.normalization, (None, 'batch'))
         act, to_gate = activation(self.activation), gate(self.gate)
         c = x.shape[-1]
@@ -67,10 +66,7 @@ class SqueezeExcite(nn.Module):
         )
         x = x.astype(self.dtype or x.dtype)
 
-        if self.squeeze == 'average':
-            y = functional.spatial_mean(x)
-        else:
-            y = 0.5 * sum(functional.spatial_mean_and_max(x))
+        y = squeeze(self.squeeze, x)
         z = Dense(r, use_bias=self.use_bias, param_dtype=self.param_dtype, name='fc1')(y)
         if self.normalization == 'batch':
             z = BatchNorm(param_dtype=self.param_dtype, name='norm')(z, train=train)

@@ -1,4 +1,4 @@
-"""Widths of bottlenecks."""
+"""Widths: of bottlenecks, and rounded to a multiple."""
 
 from attention_jax import checks
 
@@ -19,9 +19,9 @@ def hidden_width(
         channels: width to be reduced.
         reduction: divisor, rounded down (the papers' convention).
         hidden: the width itself; wins over everything else.
-        divisor: rounds `channels / reduction` to the nearest multiple, at least one (timm).
+        divisor: rounds `channels / reduction` by `round_to_multiple` (timm).
         minimum: lower bound of the result.
-        guard: with `divisor`, one more step up if rounding lost over 10 % (MobileNetV3, timm).
+        guard: of `round_to_multiple`.
         prefix: of the two arguments' names in messages, e.g. 'value_'.
 
     Raises:
@@ -32,7 +32,7 @@ def hidden_width(
         return hidden
     checks.at_least(f'{prefix}reduction', reduction, 1)
     if divisor is None:
-        width = channels // reduction if minimum is None else max(channels // reduction, minimum)
+        width = max(channels // reduction, minimum or 0)
         if width < 1:
             raise ValueError(
                 f'{prefix}reduction {reduction} leaves no width for {channels} channels: '
@@ -40,6 +40,15 @@ def hidden_width(
             )
         return width
     checks.at_least('hidden_divisor', divisor, 1)
-    exact = channels / reduction
-    width = max(minimum or divisor, int(exact + divisor / 2) // divisor * divisor)
-    return width + divisor if guard and width < 0.9 * exact else width
+    return round_to_multiple(channels / reduction, divisor, minimum=minimum, guard=guard)
+
+
+def round_to_multiple(
+    width: float, divisor: int, *, minimum: int | None = None, guard: bool = False
+) -> int:
+    """The multiple of `divisor` nearest to `width`, ties upwards; at least `minimum`, or one of it.
+
+    With `guard` one step further up if rounding lost over 10 % (MobileNetV3, timm).
+    """
+    rounded = max(minimum or divisor, int(width + divisor / 2) // divisor * divisor)
+    return rounded + divisor if guard and rounded < 0.9 * width else rounded
