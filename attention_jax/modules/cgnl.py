@@ -1,10 +1,10 @@
 """Compact generalized non-local attention."""
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from einops import reduce, repeat
 from flax import linen as nn
 from jax.nn import initializers
 
@@ -14,7 +14,7 @@ from attention_jax.functional.dtypes import Dtype, statistics_type
 from attention_jax.modules.gating import rescale
 from attention_jax.modules.layers import Conv, Dense
 from attention_jax.modules.maps import sow_map
-from attention_jax.modules.registry import register_attention
+from attention_jax.modules.registry import pointwise, register_attention
 from attention_jax.modules.widths import hidden_width
 
 
@@ -73,19 +73,7 @@ class CGNL(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Adds to x what its positions and channels gather from each other.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: changes nothing.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: groups that do not divide a width, an unknown mode, or a negative order.
-        """
-        del train
+        """Adds to x `[..., h, w, c]` what its positions and channels gather from each other."""
         checks.feature_map(x)
         checks.choice('mode', self.mode, ('dot', 'rbf'))
         checks.at_least('order', self.order, 0)
@@ -94,17 +82,14 @@ class CGNL(nn.Module):
         checks.divides('groups', self.groups, 'the hidden width', r)
         checks.divides('groups', self.groups, 'the channels', c)
         x = x.astype(self.dtype or x.dtype)
-        kernel = {'kernel_init': initializers.normal(0.01), 'param_dtype': self.param_dtype}
-        dense = functools.partial(Dense, r, use_bias=False, **kernel)
-        y = self._attend(dense(name='query')(x), dense(name='key')(x), dense(name='value')(x))
-        z = Conv(
-            features=c,
-            kernel_size=(1, 1),
-            groups=self.groups,
-            use_bias=False,
-            **kernel,
-            name='out',
-        )(y)
+        settings = {
+            'use_bias': False,
+            'kernel_init': initializers.normal(0.01),
+            'param_dtype': self.param_dtype,
+        }
+        t, p, g = (Dense(r, **settings, name=name)(x) for name in ('query', 'key', 'value'))
+        y = self._attend(t, p, g)
+        z = Conv(c, (1, 1), groups=self.groups, **settings, name='out')(y)
         z = nn.GroupNorm(
             num_groups=self.groups,
             epsilon=self.norm_eps,
@@ -125,10 +110,10 @@ class CGNL(nn.Module):
         wide = statistics_type(t.dtype)
         p, g = p.astype(wide), g.astype(wide)
         sums = [(p**o * g).sum((-3, -2)) for o in powers]  # [..., r] each
-        a = jnp.stack([s.reshape(*s.shape[:-1], self.groups, width).sum(-1) for s in sums], -1)
+        a = jnp.stack([reduce(s, '... (g c) -> ... g', 'sum', c=width) for s in sums], -1)
         a = a / math.sqrt(width * n) if self.scale else a
         sow_map(self, lambda: a[..., 0] if self.mode == 'dot' else a)
-        spread = jnp.repeat(a, width, axis=-2)  # [..., r, powers]
+        spread = repeat(a, '... g o -> ... (g c) o', c=width)
         if self.mode == 'dot':
             return rescale(t, spread[..., 0])
         y, t_wide = 0.0, t.astype(wide)
@@ -156,9 +141,7 @@ register_attention(
     },
     torch_names={
         'authors': {
-            't.*': ('query/*', 'o i 1 1 -> i o'),
-            'p.*': ('key/*', 'o i 1 1 -> i o'),
-            'g.*': ('value/*', 'o i 1 1 -> i o'),
+            **pointwise({'t': 'query', 'p': 'key', 'g': 'value'}),
             'z.*': 'out/*',
             'gn.*': 'norm/*',
         }

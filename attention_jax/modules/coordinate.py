@@ -1,7 +1,6 @@
 """Coordinate attention."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +9,12 @@ from jax.nn import initializers
 
 from attention_jax import checks
 from attention_jax.functional.dtypes import Dtype, statistics_type
-from attention_jax.modules.gating import ACTIVATIONS, GATES, rescale
+from attention_jax.modules.gating import ACTIVATIONS, activation, gate, rescale
 from attention_jax.modules.initializers import kaiming_fan_out
 from attention_jax.modules.layers import BatchNorm, Dense
 from attention_jax.modules.maps import sow_map
-from attention_jax.modules.registry import TorchName, register_attention
+from attention_jax.modules.registry import ForeignName, TorchName, pointwise, register_attention
 from attention_jax.modules.widths import hidden_width
-
-_Function = Callable[[jax.Array], jax.Array]
-_ACTIVATIONS: dict[str, _Function] = {**ACTIVATIONS, 'hard_swish': jax.nn.hard_swish}
-_GATES: dict[str, _Function] = {**GATES, 'identity': ACTIVATIONS['identity']}
-
-
-def _names(fc1: str, norm: str, fc_h: str, fc_w: str) -> dict[str, TorchName]:
-    """Names of the three 1x1 convolutions and of the norm."""
-    names: dict[str, TorchName] = {
-        f'{theirs}.*': (f'{ours}/*', 'o i 1 1 -> i o')
-        for theirs, ours in ((fc1, 'fc1'), (fc_h, 'fc_h'), (fc_w, 'fc_w'))
-    }
-    return names | {f'{norm}.*': 'norm/*'}
 
 
 class CoordinateAttention(nn.Module):
@@ -82,24 +68,12 @@ class CoordinateAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Gates every entry of x.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: uses the batch's statistics in the norm.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: an unknown name, a number below 1, or x with fewer than three axes or an
-                empty one.
-        """
+        """Gates every entry of x `[..., h, w, c]`."""
         checks.feature_map(x)
         checks.choice('normalization', self.normalization, ('batch', None))
-        checks.choice('activation', self.activation, _ACTIVATIONS)
-        checks.choice('gate', self.gate, _GATES)
         checks.at_least('min_hidden', self.min_hidden, 1)
+        act = activation(self.activation, hard_swish=jax.nn.hard_swish)
+        to_gate = gate(self.gate, identity=ACTIVATIONS['identity'])
         h, c = x.shape[-3], x.shape[-1]
         r = hidden_width(
             c,
@@ -121,8 +95,7 @@ class CoordinateAttention(nn.Module):
         z = dense(r, name='fc1')(jnp.concatenate([mean(x, axis=-2), mean(x, axis=-3)], -2))
         if self.normalization == 'batch':
             z = BatchNorm(param_dtype=self.param_dtype, name='norm')(z, train=train)
-        z = _ACTIVATIONS[self.activation](z)
-        to_gate = _GATES[self.gate]
+        z = act(z)
         g_h = to_gate(dense(c, name='fc_h')(z[..., :h, :]))
         g_w = to_gate(dense(c, name='fc_w')(z[..., h:, :]))
         # One expression, so that no array of the gate's size is written.
@@ -131,6 +104,10 @@ class CoordinateAttention(nn.Module):
         sow_map(self, lambda: g_w, 'w')
         sow_map(self, lambda: g, 'gate')
         return rescale(x, 1 + g if self.residual else g)
+
+
+def _names(fc1: str, norm: str, fc_h: str, fc_w: str) -> dict[ForeignName, TorchName]:
+    return {**pointwise({fc1: 'fc1', fc_h: 'fc_h', fc_w: 'fc_w'}), f'{norm}.*': 'norm/*'}
 
 
 register_attention(
