@@ -12,17 +12,8 @@ from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.layers import Dense
 from attention_jax.modules.maps import sow_map, wanted_queries
 from attention_jax.modules.positions import add_scaled, flatten_positions
-from attention_jax.modules.registry import TorchName, TorchNames, register_attention
+from attention_jax.modules.registry import TorchNames, pointwise, register_attention
 from attention_jax.modules.widths import hidden_width
-
-
-def _torch_names(module: 'CrissCrossAttention') -> TorchNames:
-    """Names of the released class, whose 3-D form has the same ones."""
-    ones = ' '.join('1' * module.spatial_dims)
-    names: dict[str, TorchName] = {'gamma': 'gamma'}
-    for layer in ('query', 'key', 'value'):
-        names[f'{layer}_conv.*'] = (f'{layer}/*', f'o i {ones} -> i o')
-    return {'authors': names}
 
 
 class CrissCrossAttention(nn.Module):
@@ -69,22 +60,11 @@ class CrissCrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Adds to each position what it gathers along the lines through it.
+        """Adds to each position of x what it gathers along the lines through it.
 
         The map is `[..., h, w, h + w]`, of which only rows `[..., q, h + w]` where some queries
         were asked for; with several passes each has its own, `pass_0` onwards.
-
-        Args:
-            x: `[..., h, w, c]` or `[..., t, h, w, c]` by `spatial_dims`.
-            train: changes nothing.
-
-        Returns:
-            The shape of x.
-
-        Raises:
-            ValueError: a width or number of passes below 1, or another number of spatial axes.
         """
-        del train
         checks.choice('spatial_dims', self.spatial_dims, (2, 3))
         checks.feature_map(x, self.spatial_dims)
         checks.at_least('recurrence', self.recurrence, 1)
@@ -107,6 +87,12 @@ class CrissCrossAttention(nn.Module):
         every = flatten_positions(weights, self.spatial_dims)
         rows = wanted_queries(every)
         return weights if rows is every else rows
+
+
+def _torch_names(module: CrissCrossAttention) -> TorchNames:
+    """Names of the released class, whose 3-D form has the same ones."""
+    layers = {'query_conv': 'query', 'key_conv': 'key', 'value_conv': 'value'}
+    return {'authors': {**pointwise(layers, module.spatial_dims), 'gamma': 'gamma'}}
 
 
 register_attention(

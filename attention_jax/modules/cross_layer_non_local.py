@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 from jax.nn import initializers
 
@@ -14,18 +15,8 @@ from attention_jax import checks
 from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.layers import BatchNorm, Dense
 from attention_jax.modules.positions import attend_positions, flatten_positions, logit_scale
-from attention_jax.modules.registry import register_attention
+from attention_jax.modules.registry import pointwise, register_attention
 from attention_jax.modules.widths import hidden_width
-
-
-def _context_channels(arrays: Mapping[str, Any]) -> tuple[tuple[int, ...]]:
-    """The channels of the responses, from the released names of their projections."""
-    found = {
-        int(match[1]): array.shape[1]
-        for name, array in arrays.items()
-        if (match := re.fullmatch(r'p(\d+)\.weight', name))
-    }
-    return (tuple(found[r] for r in sorted(found)),)
 
 
 class CrossLayerNonLocal(nn.Module):
@@ -89,19 +80,13 @@ class CrossLayerNonLocal(nn.Module):
     def __call__(
         self, x: jax.Array, others: jax.Array | Sequence[jax.Array], *, train: bool = False
     ) -> jax.Array:
-        """Adds to each position of x what it gathers from the responses.
+        """Adds to each position of x `[..., h, w, c]` what it gathers from the responses.
 
         Args:
-            x: `[..., h, w, c]`, the map that asks.
+            x: the map that asks.
             others: one response `[..., h_r, w_r, c_r]` or a sequence of them, with the leading axes
                 of x.
-            train: uses the batch's statistics in the norms.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: no response, other leading axes, an unknown name, or a width below 1.
+            train: the norms use the batch's statistics.
         """
         responses = tuple(others) if isinstance(others, list | tuple) else (others,)
         self._check(x, responses)
@@ -109,18 +94,14 @@ class CrossLayerNonLocal(nn.Module):
         d = hidden_width(c, reduction=self.reduction, hidden=self.hidden)
         scale = logit_scale(self.scale, c, d)
         x = x.astype(self.dtype or x.dtype)
+        small, zeros = initializers.normal(0.01), initializers.zeros
+        settings = {'bias_init': zeros, 'param_dtype': self.param_dtype}
+        dense = functools.partial(Dense, use_bias=self.use_bias, kernel_init=small, **settings)
         zero_out = self.zero_init and self.normalization is None
-        dense = functools.partial(
-            Dense,
-            use_bias=self.use_bias,
-            kernel_init=initializers.normal(0.01),
-            bias_init=initializers.zeros,
-            param_dtype=self.param_dtype,
-        )
-        output = functools.partial(
-            dense, c, kernel_init=initializers.zeros if zero_out else initializers.normal(0.01)
-        )
+        output = functools.partial(dense, c, kernel_init=zeros if zero_out else small)
         shared = output(name='out') if self.share_output else None
+        # The order in which the n d numbers of a result are read as a map.
+        read = {'released': '... (d h w) -> ... h w d', 'positions': '... (h w d) -> ... h w d'}
 
         query = flatten_positions(dense(d, name='query')(x))
         out = x if self.residual else jnp.zeros_like(x)
@@ -135,15 +116,14 @@ class CrossLayerNonLocal(nn.Module):
                 chunk_size=self.chunk_size,
                 name='map' if len(responses) == 1 else f'map_{r}',
             )
-            if self.layout == 'released':
-                n = y.shape[-2]
-                y = jnp.swapaxes(y.reshape(*y.shape[:-2], d, n), -1, -2)
-            y = (shared or output(name=f'out_{r}'))(y.reshape(*x.shape[:-1], d))
+            y = rearrange(y, '... n d -> ... (n d)')
+            y = rearrange(y, read[self.layout], h=x.shape[-3], w=x.shape[-2])
+            y = (shared or output(name=f'out_{r}'))(y)
             if self.normalization == 'batch':
                 y = BatchNorm(
                     momentum=self.norm_momentum,
                     epsilon=self.norm_eps,
-                    scale_init=initializers.zeros if self.zero_init else initializers.ones,
+                    scale_init=zeros if self.zero_init else initializers.ones,
                     param_dtype=self.param_dtype,
                     name=f'norm_{r}',
                 )(y, train=train)
@@ -163,6 +143,16 @@ class CrossLayerNonLocal(nn.Module):
                     f'x, got shape {response.shape}'
                 )
             checks.feature_map(response, name='others')
+
+
+def _context_channels(arrays: Mapping[str, Any]) -> tuple[tuple[int, ...]]:
+    """The channels of the responses, from the released names of their projections."""
+    found = {
+        int(match[1]): array.shape[1]
+        for name, array in arrays.items()
+        if (match := re.fullmatch(r'p(\d+)\.weight', name))
+    }
+    return (tuple(found[r] for r in sorted(found)),)
 
 
 register_attention(
@@ -187,12 +177,10 @@ register_attention(
     },
     torch_names={
         'authors': {
-            't.*': ('query/*', 'o i 1 1 -> i o'),
-            'z.*': ('out/*', 'o i 1 1 -> i o'),
-            'p{r}.*': ('key_{r}/*', 'o i 1 1 -> i o'),
-            'g{r}.*': ('value_{r}/*', 'o i 1 1 -> i o'),
+            **pointwise({'t': 'query', 'z': 'out', 'p{r}': 'key_{r}', 'g{r}': 'value_{r}'}),
             'bn{r}.*': 'norm_{r}/*',
         }
     },
+    maps=2,
     context_channels=_context_channels,
 )

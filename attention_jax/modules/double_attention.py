@@ -5,26 +5,18 @@ import math
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks
-from attention_jax.functional import cost
+from attention_jax.functional.contract import contract
 from attention_jax.functional.dtypes import Dtype, statistics_type
-from attention_jax.modules.initializers import torch_kernel
 from attention_jax.modules.layers import BatchNorm, Dense
 from attention_jax.modules.maps import sow_map, wanted_queries
 from attention_jax.modules.positions import flatten_positions
-from attention_jax.modules.registry import register_attention
+from attention_jax.modules.registry import pointwise, register_attention
 from attention_jax.modules.widths import hidden_width
-
-_DOUBLE_ATTEN = {
-    'reduction': 1,
-    'gather': 'mean',
-    'distribute': 'positions',
-    'reconstruct': False,
-    'residual': False,
-}
 
 
 class DoubleAttention(nn.Module):
@@ -91,39 +83,47 @@ class DoubleAttention(nn.Module):
 
         Maps: `gather_map` B^T `[..., k, n]`, `distribute_map` V `[..., n, k]`; by 'pairwise' also
         `pair_map` V B^T `[..., n, n]`, of which only the rows of the queries asked for.
-
-        Args:
-            x: `[..., h, w, c]`, `[..., l, c]` or `[..., t, h, w, c]` by `spatial_dims`.
-            train: uses the batch's statistics in the norm.
-
-        Returns:
-            The shape of x; without `reconstruct` m channels.
-
-        Raises:
-            ValueError: an unknown name, a size below 1, a residual between different widths, or a
-                norm or zero_init without `reconstruct`.
         """
         c = x.shape[-1]
         m, k = self._widths(x)
         x = x.astype(self.dtype or x.dtype)
         dense = functools.partial(Dense, use_bias=self.use_bias, param_dtype=self.param_dtype)
-        feature = dense(m, name='feature')(x)
         positions = tuple(range(-1 - self.spatial_dims, -1))
+        feature = dense(m, name='feature')(x)
         gather = _softmax(dense(k, name='gather')(x), positions)
         if self.gather == 'mean':
             gather = gather / math.prod(x.shape[axis] for axis in positions)
-        distribute = _softmax(
-            dense(k, name='distribute')(x),
-            -1 if self.distribute == 'descriptors' else positions,
-        )
-        self._sow(gather, distribute)
-        product = _pairwise if self.association == 'pairwise' else _gathered
-        z = product(
-            feature, gather.astype(x.dtype), distribute.astype(x.dtype), self.spatial_dims
-        ).astype(x.dtype)
+        over = -1 if self.distribute == 'descriptors' else positions
+        distribute = _softmax(dense(k, name='distribute')(x), over)
+        z = self._attend(feature, gather, distribute)
         if self.reconstruct:
-            z = self._out(z, c, train)
+            zero_out = self.zero_init and self.normalization is None
+            init = {'kernel_init': initializers.zeros, 'bias_init': initializers.zeros}
+            z = dense(c, **init if zero_out else {}, name='out')(z)
+        if self.normalization == 'batch':
+            scale_init = initializers.zeros if self.zero_init else initializers.ones
+            norm = BatchNorm(scale_init=scale_init, param_dtype=self.param_dtype, name='norm')
+            z = norm(z, train=train)
         return x + z if self.residual else z
+
+    def _attend(self, feature: jax.Array, gather: jax.Array, distribute: jax.Array) -> jax.Array:
+        """Z on the positions of F, both `[..., *spatial, m]`."""
+        rows = functools.partial(flatten_positions, spatial_dims=self.spatial_dims)
+        sow_map(self, lambda: rearrange(rows(gather), '... n k -> ... k n'), 'gather_map')
+        sow_map(self, lambda: rows(distribute), 'distribute_map')
+        f, b, v = feature, gather.astype(feature.dtype), distribute.astype(feature.dtype)
+        if self.association == 'gather':
+            axes = 'thw'[-self.spatial_dims :]
+            g = contract(f'...{axes}k,...{axes}m->...km', b, f).astype(f.dtype)
+            return contract(f'...{axes}k,...km->...{axes}m', v, g).astype(f.dtype)
+
+        def pair_map() -> jax.Array:
+            wanted = wanted_queries(rows(distribute))
+            return contract('...ik,...jk->...ij', wanted, rows(gather), count=None)
+
+        sow_map(self, pair_map, 'pair_map')
+        pairs = contract('...ik,...jk->...ij', rows(v), rows(b)).astype(f.dtype)
+        return contract('...ij,...jm->...im', pairs, rows(f)).astype(f.dtype).reshape(f.shape)
 
     def _widths(self, x: jax.Array) -> tuple[int, int]:
         """Checks the arguments; the hidden width and the number of descriptors."""
@@ -148,35 +148,9 @@ class DoubleAttention(nn.Module):
                 )
         return m, k
 
-    def _out(self, z: jax.Array, c: int, train: bool) -> jax.Array:
-        """The output projection and its norm."""
-        zero_out = self.zero_init and self.normalization is None
-        z = Dense(
-            c,
-            use_bias=self.use_bias,
-            kernel_init=initializers.zeros if zero_out else torch_kernel,
-            bias_init=initializers.zeros if zero_out else None,
-            param_dtype=self.param_dtype,
-            name='out',
-        )(z)
-        if self.normalization is None:
-            return z
-        return BatchNorm(
-            scale_init=initializers.zeros if self.zero_init else initializers.ones,
-            param_dtype=self.param_dtype,
-            name='norm',
-        )(z, train=train)
 
-    def _sow(self, gather: jax.Array, distribute: jax.Array) -> None:
-        def rows(y: jax.Array) -> jax.Array:
-            return flatten_positions(y, self.spatial_dims)
-
-        sow_map(self, lambda: jnp.swapaxes(rows(gather), -1, -2), 'gather_map')
-        sow_map(self, lambda: rows(distribute), 'distribute_map')
-        if self.association == 'pairwise':
-            sow_map(
-                self, lambda: _pairs(wanted_queries(rows(distribute)), rows(gather)), 'pair_map'
-            )
+def _softmax(logits: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    return jax.nn.softmax(logits.astype(statistics_type(logits.dtype)), axes)
 
 
 register_attention(
@@ -196,52 +170,22 @@ register_attention(
         'batch_norm': {'normalization': 'batch', 'zero_init': True},
         'nguyenvo09': {'residual': False},
         'nguyenvo09_core': {'reduction': 1, 'reconstruct': False, 'residual': False},
-        'double_atten': _DOUBLE_ATTEN,
+        'double_atten': {
+            'reduction': 1,
+            'gather': 'mean',
+            'distribute': 'positions',
+            'reconstruct': False,
+            'residual': False,
+        },
     },
     torch_names={
-        'authors': {
-            'convA.*': ('feature/*', 'o i 1 1 -> i o'),
-            'convB.*': ('gather/*', 'o i 1 1 -> i o'),
-            'convV.*': ('distribute/*', 'o i 1 1 -> i o'),
-            'conv_reconstruct.*': ('out/*', 'o i 1 1 -> i o'),
-        }
+        'authors': pointwise(
+            {
+                'convA': 'feature',
+                'convB': 'gather',
+                'convV': 'distribute',
+                'conv_reconstruct': 'out',
+            }
+        )
     },
 )
-
-
-def _softmax(logits: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
-    return jax.nn.softmax(logits.astype(statistics_type(logits.dtype)), axes)
-
-
-def _gathered(
-    feature: jax.Array, gather: jax.Array, distribute: jax.Array, spatial_dims: int
-) -> jax.Array:
-    """`V (B^T F)`, the positions on the axes that they have."""
-    axes = 'thw'[-spatial_dims:]
-    wide = statistics_type(feature.dtype)
-    cost.add('matmul', 2 * gather.size * feature.shape[-1])
-    g = jnp.einsum(
-        f'...{axes}k,...{axes}m->...km', gather, feature, preferred_element_type=wide
-    ).astype(feature.dtype)
-    return jnp.einsum(f'...{axes}k,...km->...{axes}m', distribute, g, preferred_element_type=wide)
-
-
-def _pairwise(
-    feature: jax.Array, gather: jax.Array, distribute: jax.Array, spatial_dims: int
-) -> jax.Array:
-    """`(V B^T) F`."""
-    rows, b, v = (flatten_positions(y, spatial_dims) for y in (feature, gather, distribute))
-    pairs = _pairs(v, b).astype(rows.dtype)
-    cost.add('matmul', pairs.size * (b.shape[-1] + rows.shape[-1]))
-    z = jnp.matmul(pairs, rows, preferred_element_type=statistics_type(rows.dtype))
-    return z.reshape(feature.shape)
-
-
-def _pairs(distribute: jax.Array, gather: jax.Array) -> jax.Array:
-    """`V B^T`, `[..., n, n]`."""
-    return jnp.einsum(
-        '...ik,...jk->...ij',
-        distribute,
-        gather,
-        preferred_element_type=statistics_type(gather.dtype),
-    )

@@ -1,6 +1,8 @@
 """Self-attention on a downsampled map: the basic module of STANet."""
 
 import functools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +18,8 @@ from attention_jax.modules.positions import (
     flatten_positions,
     logit_scale,
 )
-from attention_jax.modules.registry import TorchNames, register_attention
+from attention_jax.modules.registry import TorchNames, pointwise, register_attention
 from attention_jax.modules.widths import hidden_width
-
-
-def _torch_names(module: 'DownsampledSelfAttention') -> TorchNames:
-    """The released class always holds a gain, and never uses it."""
-    layers = {f'{n}_conv.*': (f'{n}/*', 'o i 1 1 -> i o') for n in ('query', 'key', 'value')}
-    return {'authors': layers | {'gamma': 'gamma' if module.use_gamma else None}}
 
 
 class DownsampledSelfAttention(nn.Module):
@@ -75,19 +71,7 @@ class DownsampledSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Adds to each position what its cell gathers from all cells.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: changes nothing here.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: sides that the pool size does not divide, an unknown name, a width or size
-                below 1, or x with fewer than three axes.
-        """
+        """Adds to each position of x `[..., h, w, c]` what its cell gathers from all cells."""
         checks.feature_map(x)
         checks.choice('resize', self.resize, ('nearest', 'bilinear'))
         for side in x.shape[-3:-1]:
@@ -96,12 +80,8 @@ class DownsampledSelfAttention(nn.Module):
         d = hidden_width(c, reduction=self.reduction, hidden=self.hidden)
         scale = logit_scale(self.scale, c, d)
         x = x.astype(self.dtype or x.dtype)
-        project = functools.partial(
-            Dense,
-            use_bias=self.use_bias,
-            kernel_init=initializers.normal(0.02),
-            param_dtype=self.param_dtype,
-        )
+        settings = {'kernel_init': initializers.normal(0.02), 'param_dtype': self.param_dtype}
+        project = functools.partial(Dense, use_bias=self.use_bias, **settings)
 
         p = functional.avg_pool(x, self.pool_size) if self.pool_size > 1 else x
         query, key, value = (
@@ -112,6 +92,18 @@ class DownsampledSelfAttention(nn.Module):
         y = functional.upsample(y.reshape(p.shape), self.pool_size, self.resize)
         start = x if self.residual else jnp.zeros_like(x)
         return add_gained(self, start, y) if self.use_gamma else start + y
+
+
+def _torch_names(module: DownsampledSelfAttention) -> TorchNames:
+    """The released class always holds a gain, and never uses it."""
+    layers = pointwise({'query_conv': 'query', 'key_conv': 'key', 'value_conv': 'value'})
+    return {'authors': {**layers, 'gamma': 'gamma' if module.use_gamma else None}}
+
+
+def _example(shape: Sequence[int]) -> dict[str, int]:
+    """The default pool, or the largest one below that divides the sides."""
+    pool_size = math.gcd(8, *shape[-3:-1])
+    return {} if pool_size == 8 else {'pool_size': pool_size}
 
 
 register_attention(
@@ -129,4 +121,5 @@ register_attention(
         'gamma': {'use_gamma': True},
     },
     torch_names=_torch_names,
+    example=_example,
 )

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn import initializers
 
-from attention_jax import checks, functional
+from attention_jax import checks
 from attention_jax.functional.dtypes import Dtype
-from attention_jax.modules.gating import gate, rescale
+from attention_jax.modules.gating import gate, rescale, squeeze
 from attention_jax.modules.layers import Dense
 from attention_jax.modules.maps import sow_map
-from attention_jax.modules.registry import register_attention
+from attention_jax.modules.registry import pointwise, register_attention
 
 
 class EffectiveSqueezeExcite(nn.Module):
@@ -47,34 +47,18 @@ class EffectiveSqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Gates the channels of x.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: changes nothing here.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: an unknown name, or x with fewer than three axes.
-        """
+        """Gates the channels of x `[..., h, w, c]`."""
         checks.feature_map(x)
-        checks.choice('squeeze', self.squeeze, ('average', 'average_max'))
         to_gate = gate(self.gate)
         x = x.astype(self.dtype or x.dtype)
 
-        if self.squeeze == 'average':
-            y = functional.spatial_mean(x)
-        else:
-            y = 0.5 * sum(functional.spatial_mean_and_max(x))
         v = Dense(
             x.shape[-1],
             use_bias=self.use_bias,
             kernel_init=initializers.variance_scaling(2.0, 'fan_in', 'normal'),
             param_dtype=self.param_dtype,
             name='fc',
-        )(y)
+        )(squeeze(self.squeeze, x))
         g = to_gate(v)
         sow_map(self, lambda: g)
         return rescale(x, g)
@@ -93,5 +77,5 @@ register_attention(
         'timm_add_maxpool': {'squeeze': 'average_max'},
         'sigmoid': {'gate': 'sigmoid'},
     },
-    torch_names={'authors': {'fc.*': ('fc/*', 'o i 1 1 -> i o')}},
+    torch_names={'authors': pointwise({'fc': 'fc'})},
 )
