@@ -4,7 +4,8 @@
 
   --config FILE[:DATASET]  a file of configs/; DATASET is digits (default), cifar10, imagenet2012,
                            or what the file's first lines name
-  --config.KEY=VALUE       another value for a key of configs/base.py: --config.train.epochs=3
+  --config.KEY=VALUE       another value for a key, --config.train.epochs=3; attention_jax/config.py
+                           has all keys
   --workdir DIR            checkpoints and results, default runs/CONFIG-DATASET; the run goes on
                            from the latest checkpoint in it
   --eval_only              evaluate the latest checkpoint on the test split
@@ -24,14 +25,14 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
 
-    from attention_jax import command_line
+    from attention_jax.cli import command_line
 
     return command_line.run(lambda: train_or_evaluate(argv))
 
 
 def train_or_evaluate(argv: list[str]) -> None:
     """Parses `argv` and does what it says."""
-    from attention_jax import command_line
+    from attention_jax.cli import command_line
 
     values, name = command_line.parse(argv, define_options)
     dataset = re.sub(r'\W+', '_', values.config.data.name)

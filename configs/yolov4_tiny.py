@@ -24,13 +24,13 @@ are two runs, each with a schedule of its own:
 
 from ml_collections import ConfigDict
 
-from configs import base
+from attention_jax.config import defaults
 
 
 def get_config(arg: str = 'digit_scenes') -> ConfigDict:
     if arg not in DATASETS:
         raise ValueError(f'config argument {arg!r} is unknown: use one of {", ".join(DATASETS)}')
-    config = base.defaults()
+    config = defaults()
     config.task = 'detection'
     config.model.name = 'yolov4_tiny'
     config.optimizer.learning_rate = 2.5e-3

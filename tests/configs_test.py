@@ -5,10 +5,9 @@ import pathlib
 import jax
 import pytest
 
-from attention_jax import command_line
+from attention_jax.config import check, defaults, flatten, load_config
 from attention_jax.tasks.network import build_model
 from attention_jax.training.optimizer import make_optimizer, make_schedule
-from attention_jax.training.workdir import check_config
 from configs import base, yolov4_tiny
 
 CONFIGS = pathlib.Path(base.__file__).parent
@@ -61,16 +60,16 @@ IMAGENET = {
 
 def leaves(config):
     """Dotted keys of the values; arguments of a network count as one."""
-    keys = {'.'.join(key.split('.')[:2]) for key in command_line.keys(config)}
+    keys = {'.'.join(key.split('.')[:2]) for key in flatten(config)}
     return sorted(key for key in keys if key.count('.') or key == 'task')
 
 
 def load(study: str, dataset: str = ''):
-    return command_line.load_config(f'{CONFIGS / study}.py' + (f':{dataset}' if dataset else ''))
+    return load_config(f'{CONFIGS / study}.py' + (f':{dataset}' if dataset else ''))
 
 
 def test_base_has_the_public_keys():
-    assert leaves(base.defaults()) == sorted(KEYS)
+    assert leaves(defaults()) == sorted(KEYS)
 
 
 @pytest.mark.parametrize('study', STUDIES)
@@ -80,7 +79,7 @@ def test_study_can_be_built(study, dataset):
     config.lock()
     assert leaves(config) == sorted(KEYS)
     assert config.data.name == (dataset or 'digits')
-    check_config(config)
+    check(config)
     rate = config.optimizer.learning_rate
     steps = config.train.epochs * 100
     schedule = make_schedule(config.schedule, rate, steps=steps, steps_per_epoch=100)
@@ -137,7 +136,7 @@ def test_detection_can_be_built(dataset):
     config.lock()
     assert leaves(config) == sorted(KEYS)
     assert config.task == 'detection'
-    check_config(config)
+    check(config)
     steps = config.train.epochs * 100
     rate = config.optimizer.learning_rate
     schedule = make_schedule(config.schedule, rate, steps=steps, steps_per_epoch=100)

@@ -51,6 +51,7 @@ from attention_jax.analysis.program import (
     collectives,
     read_program,
 )
+from attention_jax.config import check, defaults, load_config
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -281,6 +282,7 @@ def _step_report(job: Mapping[str, Any], device: str) -> dict[str, Any]:
     from attention_jax.training.step import jit_train_step, make_train_step
 
     config = _read_config(job) if '.py' in job['model'] else _plain_config(job, device)
+    check(config)
     description, note = _describe_data(config)
     mesh = sharding.make_mesh(-1, config.mesh.fsdp, topology_devices(device))
     batch = job['batch'] * mesh.size if job['batch'] else config.train.batch_size
@@ -332,9 +334,7 @@ def _step_report(job: Mapping[str, Any], device: str) -> dict[str, Any]:
 
 def _read_config(job: Mapping[str, Any]) -> Any:
     """The config of a file, with what the job changes in it."""
-    from attention_jax import command_line
-
-    config = command_line.load_config(job['model'])
+    config = load_config(job['model'])
     if job['attention']:
         config.model.attention = job['attention']
         config.model.attention_args = {}
@@ -353,53 +353,20 @@ def _read_config(job: Mapping[str, Any]) -> Any:
 
 def _plain_config(job: Mapping[str, Any], device: str) -> Any:
     """The config of a network alone: SGD with momentum."""
-    from ml_collections import ConfigDict
-
     from attention_jax.models.registry import model_entry
 
-    entry = model_entry(job['model'])
-    return ConfigDict(
-        {
-            'task': 'detection' if entry.family == 'yolo' else 'classification',
-            'detection': {
-                'anchors': (),
-                'masks': (),
-                'ignore_threshold': 0.5,
-                'class_weight': None,
-                'score_threshold': 0.001,
-                'iou_threshold': 0.5,
-                'max_detections': 300,
-                'max_boxes': 100,
-            },
-            'model': {
-                'name': job['model'],
-                'num_classes': job['num_classes'],
-                'attention': job['attention'] or '',
-                'attention_args': {},
-                'placement': job['placement'] or '',
-                'arguments': {},
-            },
-            'data': {'name': None, 'image_size': job['size']},
-            'optimizer': {
-                'name': 'sgd',
-                'learning_rate': 0.1,
-                'momentum': 0.9,
-                'nesterov': False,
-                'weight_decay': 1e-4,
-                'decay_mask': 'none',
-                'frozen': (),
-                'clip_norm': 0.0,
-                'accumulate': 1,
-            },
-            'train': {
-                'batch_size': 128 * math.prod(parse_device(device)[1]),
-                'compute_dtype': job['dtype'],
-                'label_smoothing': 0.0,
-                'ema_decay': 0.0,
-            },
-            'mesh': {'fsdp': job['fsdp'] or 1},
-        }
-    )
+    config = defaults()
+    config.task = 'detection' if model_entry(job['model']).family == 'yolo' else 'classification'
+    config.model.name = job['model']
+    config.model.num_classes = job['num_classes']
+    config.model.attention = job['attention'] or ''
+    config.model.placement = job['placement'] or ''
+    config.data.name = ''
+    config.data.image_size = job['size']
+    config.train.batch_size = 128 * math.prod(parse_device(device)[1])
+    config.train.compute_dtype = job['dtype']
+    config.mesh.fsdp = job['fsdp'] or 1
+    return config
 
 
 def _describe_data(config: Any) -> tuple[Any, str]:

@@ -17,8 +17,7 @@ only a subcommand needs and takes time to import is imported when the command li
 import argparse
 from collections.abc import Sequence
 
-from attention_jax import command_line
-from attention_jax.cli import anchors, benchmark, convert, inspection, predict, table
+from attention_jax.cli import anchors, benchmark, command_line, convert, inspection, predict, table
 
 
 class _Parser(argparse.ArgumentParser):

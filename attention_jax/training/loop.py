@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from attention_jax import data
 from attention_jax.analysis.tables import parameter_table
+from attention_jax.config import check as check_config
 from attention_jax.interop import pretrained
 from attention_jax.interop.preprocessing import Preprocessing, from_dataset
 from attention_jax.tasks import Task, create_task, open_source
@@ -42,7 +43,6 @@ from attention_jax.training.step import (
 from attention_jax.training.workdir import (
     NETWORK_KEYS,
     check_classes,
-    check_config,
     check_same_classes,
     read_config,
     refuse_another_config,

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from attention_jax import checks
-
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Returns the optimiser of `config.optimizer`.
@@ -20,21 +18,9 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     `frozen` names gets no update and does not count in the gradient's norm.
 
     Args:
-        config: the group `optimizer`.
+        config: the group `optimizer`, checked (see `config.check`).
         schedule: update number -> learning rate; see `make_schedule`.
-
-    Raises:
-        ValueError: a key has a value that is not allowed.
     """
-    checks.choice('optimizer.name', config.name, ('sgd', 'adamw'))
-    checks.choice('optimizer.decay_mask', config.decay_mask, ('none', 'norms_and_biases'))
-    checks.at_least('optimizer.learning_rate', config.learning_rate, 0)
-    checks.at_least('optimizer.weight_decay', config.weight_decay, 0)
-    checks.at_least('optimizer.clip_norm', config.clip_norm, 0)
-    checks.at_least('optimizer.accumulate', config.accumulate, 1)
-    if not 0 <= config.momentum < 1:
-        raise ValueError(f'optimizer.momentum must be in 0 to 1, 1 excluded, got {config.momentum}')
-
     mask = decay_mask if config.decay_mask == 'norms_and_biases' else None
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     if config.name == 'sgd':
@@ -89,24 +75,14 @@ def make_schedule(
     it is a hundredth; between them it falls as a cosine.
 
     Args:
-        config: the group `schedule`.
+        config: the group `schedule`, checked.
         learning_rate: at the top.
         steps: updates of the whole run.
         steps_per_epoch: updates of one epoch.
 
     Raises:
-        ValueError: a key has a value that is not allowed.
+        ValueError: the warm-up is as long as the run.
     """
-    checks.choice(
-        'schedule.name', config.name, ('cosine', 'steps', 'exponential', 'constant', 'yolo')
-    )
-    checks.at_least('schedule.warmup_epochs', config.warmup_epochs, 0)
-    boundaries = tuple(config.boundaries)
-    if not all(0 < b < 1 for b in boundaries) or sorted(set(boundaries)) != list(boundaries):
-        raise ValueError(
-            f'schedule.boundaries {boundaries} must be rising fractions of the run, '
-            'between 0 and 1: 0.5 is the middle'
-        )
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if warmup >= steps:
         raise ValueError(
@@ -121,7 +97,7 @@ def make_schedule(
             done = jnp.clip((update - warmup) / (steps - warmup), 0.0, 1.0)
             rate *= (1 + jnp.cos(jnp.pi * done)) / 2
         elif config.name == 'steps':
-            for boundary in boundaries:
+            for boundary in config.boundaries:
                 rate *= jnp.where(update >= round(boundary * steps), config.factor, 1.0)
         elif config.name == 'exponential':
             rate *= config.factor ** jnp.floor(update / steps_per_epoch)

@@ -4,30 +4,16 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from attention_jax import checks
+from attention_jax.config import flatten
 from attention_jax.training import metrics
 
 # Keys whose values, or beginnings of keys, decide what the weights of a run are of.
 NETWORK_KEYS = ('task', 'model.', 'data.name', 'detection.anchors', 'detection.masks')
-
-
-def check_config(config: ConfigDict) -> None:
-    """Raises a ValueError for a value that is not allowed and that nothing else would refuse."""
-    settings = config.train
-    checks.choice('train.compute_dtype', settings.compute_dtype, ('float32', 'bfloat16'))
-    checks.choice('data.preprocessing', config.data.preprocessing, ('auto', 'dataset'))
-    for key in ('epochs', 'batch_size', 'eval_every', 'log_every'):
-        checks.at_least(f'train.{key}', settings[key], 1)
-    for key in ('steps', 'seed', 'checkpoint_every'):
-        checks.at_least(f'train.{key}', settings[key], 0)
-    for key in ('label_smoothing', 'ema_decay'):
-        if not 0 <= settings[key] < 1:
-            raise ValueError(f'train.{key} must be in 0 to 1, 1 excluded, got {settings[key]}')
 
 
 def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
@@ -57,8 +43,8 @@ def refuse_another_config(
     """
     if not (workdir / 'config.json').is_file():
         return
-    there = _flatten(read_config(workdir).to_dict())
-    here = _flatten(json.loads(config.to_json_best_effort()))
+    configs = read_config(workdir), config
+    there, here = (flatten(json.loads(c.to_json_best_effort())) for c in configs)
     different = [
         f'{key} is {json.dumps(there.get(key))} there and {json.dumps(here.get(key))} here'
         for key in sorted(there.keys() | here.keys())
@@ -127,14 +113,3 @@ def write_description(
     resolved = json.loads(config.to_json_best_effort()) | {'dataset': dataset}
     metrics.write_text(workdir / 'config.json', json.dumps(resolved, indent=2) + '\n')
     metrics.write_text(workdir / 'parameters.txt', table + '\n')
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """Returns dotted key -> value; tuples are lists, as in JSON."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f'{prefix}{key}.')
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat

@@ -1,19 +1,19 @@
-"""What the command lines share: reading configs, and errors in one line with an exit status."""
+"""What the command lines share: overrides of a config, and errors in one line with a status."""
 
-import difflib
 import pathlib
 import re
-import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-# Keys under these are arguments of whatever mechanism or network is chosen, so any may be given.
-_OPEN = ('config.model.attention_args.', 'config.model.arguments.')
+from attention_jax.config import KEYS, flatten, load_config, suggest
+
+# Under these, arguments of whatever mechanism or network is chosen, any key may be given.
+_OPEN = tuple(f'config.{name}.' for name, key in KEYS.items() if key.default == {})
 
 
 def run(command: Callable[[], Any]) -> int:
@@ -30,7 +30,7 @@ def run(command: Callable[[], Any]) -> int:
         return _fail(error, 2)
     except ValueError as error:
         raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not raised_in.resolve().is_relative_to(pathlib.Path(__file__).resolve().parents[1]):
+        if not raised_in.resolve().is_relative_to(pathlib.Path(__file__).resolve().parents[2]):
             raise
         return _fail(error, 2)
     except OSError as error:
@@ -65,11 +65,13 @@ def parse(
     if not first.config:
         raise ValueError('--config is missing: give it a file of configs/')
     config = load_config(first.config)
-    known = {f'config.{key}': f'--config.{key}' for key in keys(config)}
+    names = flatten(config, 'config.')
+    groups = {key.rpartition('.')[0] for key in names}
+    known = {key: f'--{key}' for key in (*names, *groups)}
     for argument in rest:
         match = re.match(r'--?(?:no)?(config\.[^=]*)', argument)
         if match and match[1] not in known and not match[1].startswith(_OPEN):
-            raise ValueError(f'--{match[1]}: there is no such key{_suggest(match[1], known)}')
+            raise ValueError(f'--{match[1]}: there is no such key{suggest(match[1], known)}')
 
     values = flags.FlagValues()
     options(values)
@@ -86,44 +88,6 @@ def parse(
         raise ValueError(f'unexpected argument {unexpected[0]!r}: options start with --')
     config.lock()
     return values, pathlib.Path(first.config.partition(':')[0]).stem
-
-
-def load_config(spec: str) -> ConfigDict:
-    """Returns the config of `FILE[:ARG]`.
-
-    Raises:
-        ValueError: no such file, it has no `get_config`, or that refuses ARG.
-    """
-    name, _, argument = spec.partition(':')
-    path = pathlib.Path(name)
-    if not path.is_file():
-        files = [*pathlib.Path('configs').glob('*.py'), *path.parent.glob('*.py')]
-        there = {file.stem: str(file) for file in files}
-        hint = _suggest(path.stem, there)
-        raise ValueError(f'config file {name} does not exist{hint}')
-    # A study imports its neighbours as `configs.base`.
-    sys.path.insert(0, str(path.resolve().parents[1]))
-    try:
-        module = runpy.run_path(name)
-    finally:
-        sys.path.pop(0)
-    if 'get_config' not in module:
-        raise ValueError(f'config file {name} has no function get_config')
-    return module['get_config'](*[argument] if argument else [])
-
-
-def keys(tree: Mapping[str, Any], prefix: str = '') -> Iterator[str]:
-    """Yields the dotted keys of groups and values."""
-    for key, value in tree.items():
-        yield prefix + key
-        if isinstance(value, ConfigDict):
-            yield from keys(value, f'{prefix}{key}.')
-
-
-def _suggest(given: str, known: Mapping[str, str]) -> str:
-    """Returns a question that names the values whose keys are closest to `given`, or nothing."""
-    close = [known[key] for key in difflib.get_close_matches(given, known, n=2, cutoff=0.7)]
-    return f', did you mean {" or ".join(close)}?' if close else ''
 
 
 def _fail(error: Exception | str, status: int) -> int:
