@@ -13,7 +13,7 @@ from attention_jax.version import __version__
 if TYPE_CHECKING:
     from attention_jax.analysis.maps import attention_maps
     from attention_jax.interop.pretrained import load_pretrained
-    from attention_jax.tasks.prediction import predict
+    from attention_jax.tasks.detection.prediction import predict
     from attention_jax.training.checkpoints import load
 
 # What a user of one module need not pay for is imported when it is first used.
@@ -25,7 +25,7 @@ _LAZY = {
     'load': 'attention_jax.training.checkpoints',
     'load_pretrained': 'attention_jax.interop.pretrained',
     'models': 'attention_jax.models',
-    'predict': 'attention_jax.tasks.prediction',
+    'predict': 'attention_jax.tasks.detection.prediction',
     'tasks': 'attention_jax.tasks',
     'training': 'attention_jax.training',
 }

@@ -25,9 +25,9 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from attention_jax.analysis import benchmark
-from attention_jax.data import Description
 from attention_jax.models.registry import model_entry
 from attention_jax.tasks import create_task
+from attention_jax.tasks.classification.source import Description
 from attention_jax.training import sharding
 from attention_jax.training.optimizer import make_optimizer
 from attention_jax.training.state import abstract_state, make_init

@@ -371,9 +371,9 @@ def _plain_config(job: Mapping[str, Any], device: str) -> Any:
 
 def _describe_data(config: Any) -> tuple[Any, str]:
     """The data set's description, and a note where it is not the data set's own."""
-    from attention_jax import data
     from attention_jax.models.registry import model_entry
     from attention_jax.tasks import open_source
+    from attention_jax.tasks.classification.source import Description
 
     entry = model_entry(config.model.name)
     description, note = None, ''
@@ -386,7 +386,7 @@ def _describe_data(config: Any) -> tuple[Any, str]:
             note = f'data set {config.data.name} is not here: images as the network is counted with'
     if description is None:
         size = config.data.image_size or entry.input_size
-        description = data.Description(
+        description = Description(
             name=config.data.name or '',
             image_shape=(*((size, size) if isinstance(size, int) else size), 3),
             num_classes=entry.num_classes,

@@ -28,7 +28,8 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from attention_jax.data import anchors, detection
+    from attention_jax.tasks.detection import anchors
+    from attention_jax.tasks.detection.source import open_split
 
     config = types.SimpleNamespace(
         data=types.SimpleNamespace(
@@ -36,7 +37,7 @@ def _run(options: argparse.Namespace) -> None:
         ),
         detection=types.SimpleNamespace(max_boxes=1),  # of a training example
     )
-    source = detection.source(config, options.split, train=False)
+    source = open_split(config, options.split, train=False)
     sizes = source.box_sizes()
     if not len(sizes):
         reasons = '; '.join(source.warnings()) or 'its pictures have none'

@@ -47,9 +47,8 @@ def _run(options: argparse.Namespace) -> None:
 
     from PIL import Image
 
-    import attention_jax
-    from attention_jax.data import annotations
-    from attention_jax.tasks import prediction
+    from attention_jax.tasks.detection import annotations, prediction
+    from attention_jax.training.checkpoints import load
     from attention_jax.training.workdir import read_config
 
     config = read_config(options.workdir)
@@ -59,7 +58,7 @@ def _run(options: argparse.Namespace) -> None:
     if missing:
         what = 'a folder: give the photos in it' if missing[0].is_dir() else 'not there'
         raise ValueError(f'photo {missing[0]} is {what}')
-    model, variables, config = attention_jax.load(options.workdir)
+    model, variables, config = load(options.workdir)
     names = config.dataset.class_names
     output.mkdir(parents=True, exist_ok=True)
     failed = []

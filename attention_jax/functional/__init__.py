@@ -4,7 +4,6 @@ No parameters and no Flax here. Every function takes any leading batch axes; sof
 sums are computed in float32 (float64 if the input is) and returned in the input's type.
 """
 
-from attention_jax.functional import boxes, yolo
 from attention_jax.functional.branches import branch_mean, branch_softmax
 from attention_jax.functional.channel_product import channel_weights, mix_channels
 from attention_jax.functional.contract import contract
@@ -35,7 +34,6 @@ __all__ = [
     'attention_weights',
     'avg_pool',
     'axis_mean_and_max',
-    'boxes',
     'branch_mean',
     'branch_softmax',
     'channel_mean_and_max',
@@ -52,5 +50,4 @@ __all__ = [
     'spatial_mean',
     'spatial_mean_and_max',
     'upsample',
-    'yolo',
 ]

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from attention_jax import data
+from attention_jax.tasks.classification.source import Description, Source
 
 CONFIG = ConfigDict({'workers': 0})
 KINDS = ['none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop', 'encoded']
@@ -17,7 +18,7 @@ KINDS = ['none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop', 'encoded']
 def made_up(kind, count=53, size=8):
     """A source whose label is the position; 'encoded' is PNG files of several sizes."""
     rng = np.random.default_rng(5)
-    description = data.Description(
+    description = Description(
         'made_up',
         (size, size, 3),
         count,
@@ -30,14 +31,14 @@ def made_up(kind, count=53, size=8):
     if kind != 'encoded':
         images = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
         labels = np.arange(count, dtype=np.int32)
-        return data.Source(description, 'train', kind, images=images, labels=labels)
+        return Source(description, 'train', kind, images=images, labels=labels)
     records = []
     for i in range(count):
         file = io.BytesIO()
         pixels = rng.integers(0, 256, (9 + i % 4, 12, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(file, 'png')
         records.append({'image': file.getvalue(), 'label': i})
-    return data.Source(description, 'train', 'random_resized_crop', records=records)
+    return Source(description, 'train', 'random_resized_crop', records=records)
 
 
 def take(source, count, state=None, config=CONFIG, **arguments):

@@ -19,6 +19,8 @@ from attention_jax.data import transforms
 from attention_jax.interop import files, pretrained, torch
 from attention_jax.interop.preprocessing import Preprocessing
 from attention_jax.models.registry import model_entry
+from attention_jax.tasks.classification.reading import open_split
+from attention_jax.tasks.classification.source import Description, Source
 from tests import helpers
 
 NAME = 'tiny_resnet'
@@ -410,24 +412,24 @@ def test_preprocessing_is_the_cards_or_timms_or_the_usual(tmp_path):
 
 
 def test_data_are_prepared_as_the_weights_want():
-    digits = types.SimpleNamespace(name='digits', image_size=28)
-    own = data.source(digits, 'test[:2]')
+    digits = types.SimpleNamespace(data=types.SimpleNamespace(name='digits', image_size=28))
+    own = open_split(digits, 'test[:2]')
     facts = Preprocessing((0.1,), (0.2,), 0.9, 'nearest')
-    other = data.source(digits, 'test[:2]', facts)
+    other = open_split(digits, 'test[:2]', facts)
     description = other.description
     assert (description.mean, description.std) == ((0.1,), (0.2,))
     assert (description.crop, description.interpolation) == (0.9, 'nearest')
     assert description.image_shape == own.description.image_shape == (28, 28, 1)
     assert (other.images != own.images).any()
-    of_colour = data.source(digits, 'test[:2]', Preprocessing())
+    of_colour = open_split(digits, 'test[:2]', Preprocessing())
     assert of_colour.description.mean == own.description.mean
 
 
 def test_evaluation_crops_and_resizes_as_the_weights_want():
     images = np.random.default_rng(0).integers(0, 256, (1, 20, 30, 3), np.uint8)
     facts = {'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'crop': 0.5, 'interpolation': 'nearest'}
-    description = data.Description('x', (8, 8, 3), 2, ('a', 'b'), {'test': 1}, flip=True, **facts)
-    source = data.Source(description, 'test', 'random_resized_crop', images, np.zeros(1, np.int32))
+    description = Description('x', (8, 8, 3), 2, ('a', 'b'), {'test': 1}, flip=True, **facts)
+    source = Source(description, 'test', 'random_resized_crop', images, np.zeros(1, np.int32))
     (batch,) = data.eval_batches(source, types.SimpleNamespace(), batch_size=1)
     wanted = transforms.resize_and_crop(Image.fromarray(images[0]), (8, 8), 2, 'nearest')
     np.testing.assert_array_equal(batch['image'][0], wanted)

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import attention_jax
 from attention_jax import cli
-from attention_jax.data import scenes
+from attention_jax.tasks.detection import scenes
 from attention_jax.training import evaluate, loop, metrics, train
 from configs import yolov4_tiny
 

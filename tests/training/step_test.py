@@ -176,7 +176,7 @@ def test_moving_average_is_evaluated():
 
 def test_step_compiles_from_shapes_alone():
     config = plain_sgd()
-    description = data.source(config.data, 'train').description
+    description = open_source(config, 'train').description
     task = create_task(config, description)
     optimizer = make_optimizer(config.optimizer, lambda step: 1.0)
     mesh = sharding.make_mesh()

@@ -11,30 +11,19 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from attention_jax import checks
-from attention_jax.data import box_transforms
-from attention_jax.data import detection as data
-from attention_jax.functional import boxes, yolo
 from attention_jax.models.registry import list_models, model_entry
-from attention_jax.tasks import prediction
-from attention_jax.tasks.average_precision import average_precision
+from attention_jax.tasks.detection import boxes, prediction, transforms, yolo
+from attention_jax.tasks.detection.average_precision import average_precision
+from attention_jax.tasks.detection.source import open_split
 from attention_jax.tasks.network import build_model, plain
-
-Batch = Mapping[str, jax.Array]
+from attention_jax.tasks.task import Batch, Task, register_task
 
 _SAMPLES = 4  # pictures with boxes that an evaluation shows
 _SAMPLE_SCORE = 0.3  # of the least certain box drawn there
 
 
-def source(
-    config: ConfigDict, split: str, preprocessing: Any = None, *, train: bool
-) -> data.Source:
-    """Opens a split of pictures with boxes; see `attention_jax.data.detection.source`."""
-    del preprocessing  # these networks take pixels over 255, whatever they were trained on
-    return data.source(config, split, train=train)
-
-
-def create(config: ConfigDict, description: Any) -> dict[str, Any]:
-    """Returns the fields of a `Task`; see `attention_jax.tasks`.
+def create(config: ConfigDict, description: Any) -> Task:
+    """Returns the task of a dataset; see `tasks.Task`.
 
     Raises:
         ValueError: a network that does not detect, or settings that are not allowed.
@@ -61,31 +50,31 @@ def create(config: ConfigDict, description: Any) -> dict[str, Any]:
         'anchors': model.anchors,
         'masks': model.masks,
     }
-    return {
-        'model': model,
-        'abstract_batch': functools.partial(
+    return Task(
+        model=model,
+        abstract_batch=functools.partial(
             abstract_batch, image_shape=description.image_shape, max_boxes=settings.max_boxes
         ),
-        'inputs': functools.partial(inputs, dtype=config.train.compute_dtype),
-        'loss': functools.partial(
+        inputs=functools.partial(inputs, dtype=config.train.compute_dtype),
+        loss=functools.partial(
             loss,
             ignore_threshold=settings.ignore_threshold,
             class_weight=settings.class_weight,
             decoding=decoding,
         ),
-        'metrics': metrics,
-        'measure': functools.partial(
+        metrics=metrics,
+        measure=functools.partial(
             measure,
             decoding=decoding,
             score_threshold=settings.score_threshold,
             iou_threshold=settings.iou_threshold,
             max_detections=settings.max_detections,
         ),
-        'results': functools.partial(results, class_names=tuple(description.class_names)),
-        'best': 'AP50',
-        'samples': functools.partial(samples, class_names=tuple(description.class_names)),
-        'table': table,
-    }
+        results=functools.partial(results, class_names=tuple(description.class_names)),
+        best='AP50',
+        samples=functools.partial(samples, class_names=tuple(description.class_names)),
+        table=table,
+    )
 
 
 def abstract_batch(
@@ -123,7 +112,7 @@ def loss(
 
     Args:
         outputs: of the network.
-        batch: 'boxes' `[b, m, 4]` and 'classes' `[b, m]`, as `functional.yolo.loss` takes them.
+        batch: 'boxes' `[b, m, 4]` and 'classes' `[b, m]`, as `yolo.loss` takes them.
         ignore_threshold: see there.
         class_weight: see there.
         decoding: `image_size`, `anchors`, `masks`, see there.
@@ -162,7 +151,7 @@ def measure(
         batch: of evaluation.
         decoding: `image_size`, `anchors`, `masks`.
         score_threshold: of the boxes that are kept.
-        iou_threshold: see `functional.yolo.detect`.
+        iou_threshold: see `yolo.detect`.
         max_detections: an image.
 
     Returns:
@@ -215,7 +204,7 @@ def samples(
     drawn = {}
     for number, i in enumerate(np.flatnonzero(batch['mask'] > 0)[:_SAMPLES]):
         shown = measured['scores'][i] >= _SAMPLE_SCORE
-        photo = box_transforms.undo_letterbox(batch['image'][i], tuple(batch['shape'][i].tolist()))
+        photo = transforms.undo_letterbox(batch['image'][i], tuple(batch['shape'][i].tolist()))
         found = {key: measured[key][i][shown] for key in ('boxes', 'scores', 'classes')}
         drawn[f'detections/{number}'] = np.asarray(prediction.draw(photo, found, class_names))
     return drawn
@@ -228,3 +217,6 @@ def table(results: Mapping[str, float]) -> str:
     width = max(len(name) for name in ('class', *(name for _, name in rows)))
     lines = [f'{name:{width}}  {value:.4f}' for value, name in sorted(rows, reverse=True)]
     return '\n'.join([f'{"class":{width}}  AP50', *lines])
+
+
+register_task('detection', open_split, create)

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from attention_jax import data
-from attention_jax.data import boxed, detection
+from attention_jax.tasks.detection import reading, scenes
+from attention_jax.tasks.detection.source import open_split
 
 
 def config(max_boxes=6, **settings):
@@ -58,9 +59,7 @@ def voc(tmp_path):
 
 
 def test_voc(voc):
-    source = detection.source(
-        config(name=f'voc:{voc}', image_size=(64, 96)), 'train+val', train=False
-    )
+    source = open_split(config(name=f'voc:{voc}', image_size=(64, 96)), 'train+val', train=False)
     description = source.description
     assert description.class_names == ('cat', 'dog')
     assert (description.num_classes, description.image_shape) == (2, (64, 96, 3))
@@ -100,24 +99,24 @@ def test_pictures_of_two_voc_folders_are_one_data_set(voc, tmp_path):
     pictures = {'four': ('red', [('bird', (1, 1, 9, 9), 0)]), 'five': ('blue', [])}
     other = write_voc(tmp_path / 'other', pictures, {'train': ['four'], 'test': ['five']})
     settings = config(name=f'voc:{voc}+{other}', image_size=64, augment='none')
-    source = detection.source(settings, 'train', train=False)
+    source = open_split(settings, 'train', train=False)
     assert source.description.class_names == ('bird', 'cat', 'dog')
     assert source.description.splits == {'train': 3, 'val': 1, 'test': 1}
     classes = [source.eval_example(i)['classes'].tolist()[:2] for i in range(len(source))]
     assert classes == [[2, 1], [1, -1], [0, -1]]
-    assert len(detection.source(settings, 'train[1:]+test', train=False)) == 3
+    assert len(open_split(settings, 'train[1:]+test', train=False)) == 3
     (voc / 'classes.txt').write_text('cat\ndog\nbird\n')
-    assert detection.source(settings, 'test', train=False).description.class_names[2] == 'bird'
+    assert open_split(settings, 'test', train=False).description.class_names[2] == 'bird'
     (other / 'classes.txt').write_text('bird\n')
     with pytest.raises(ValueError, match=r'classes.txt of its folders differ'):
-        detection.source(settings, 'test', train=False)
+        open_split(settings, 'test', train=False)
     with pytest.raises(ValueError, match='nowhere'):
-        detection.source(config(name=f'voc:{voc}+nowhere'), 'train', train=False)
+        open_split(config(name=f'voc:{voc}+nowhere'), 'train', train=False)
 
 
 def test_training_leaves_out_what_is_ignored(voc):
     settings = config(name=f'voc:{voc}', image_size=64, augment='none')
-    source = detection.source(settings, 'train', train=True)
+    source = open_split(settings, 'train', train=True)
     example = source.train_example((0, 0), np.random.default_rng(0))
     assert example.keys() == {'image', 'boxes', 'classes'}
     assert example['classes'].tolist() == [1, -1, -1, -1, -1, -1]
@@ -130,14 +129,14 @@ def test_training_leaves_out_what_is_ignored(voc):
 
 def test_a_class_list_decides_order_and_what_is_known(voc):
     (voc / 'classes.txt').write_text('dog\nbird\n')
-    source = detection.source(config(name=f'voc:{voc}'), 'train', train=False)
+    source = open_split(config(name=f'voc:{voc}'), 'train', train=False)
     assert source.description.class_names == ('dog', 'bird')
     assert source.eval_example(0)['classes'].tolist()[:2] == [0, -1]
     assert 'boxes of an unknown class, left out: 3 (the first in one)' in source.warnings()[0]
 
 
 def test_evaluation_cuts_no_truth(voc):
-    source = detection.source(config(name=f'voc:{voc}', max_boxes=1), 'train', train=False)
+    source = open_split(config(name=f'voc:{voc}', max_boxes=1), 'train', train=False)
     assert source.eval_example(0)['classes'].tolist() == [1, 0]
 
 
@@ -155,7 +154,7 @@ def test_bad_data_never_ends_a_run(voc, cache):
     names = ['one', 'missing', 'truncated', 'broken', 'empty', 'unlabelled', 'three']
     (voc / 'ImageSets' / 'Main' / 'train.txt').write_text('\n'.join(names))
     settings = config(name=f'voc:{voc}', image_size=64, cache=cache, max_boxes=1)
-    source = detection.source(settings, 'train', train=True)
+    source = open_split(settings, 'train', train=True)
     assert source.in_memory == cache
     assert len(source) == 3  # one, truncated, three
     evaluated = [source.eval_example(i) for i in range(4)]
@@ -178,14 +177,14 @@ def test_bad_data_never_ends_a_run(voc, cache):
     ]
     (voc / 'ImageSets' / 'Main' / 'train.txt').write_text('missing\nempty\n')
     with pytest.raises(ValueError, match=r"'train' of 'voc:.*has no picture left: pictures that"):
-        detection.source(settings, 'train', train=True)
+        open_split(settings, 'train', train=True)
 
 
 def test_more_boxes_than_there_is_room_for(tmp_path):
     boxes = [('a', (i, 0, i + 2 + i % 5, 30), 0) for i in range(0, 60, 3)]
     folder = write_voc(tmp_path / 'many', {'one': ('red', boxes)}, {'train': ['one']})
     settings = config(name=f'voc:{folder}', image_size=80, augment='none', max_boxes=4)
-    source = detection.source(settings, 'train', train=True)
+    source = open_split(settings, 'train', train=True)
     for _ in range(2):
         example = source.train_example((0, 0), np.random.default_rng(0))
         assert example['boxes'].shape == (4, 4)
@@ -215,20 +214,20 @@ def test_coco(tmp_path):
         }
         (folder / 'annotations' / f'instances_{split}.json').write_text(json.dumps(document))
     settings = config(name=f'coco:{folder}', image_size=80)
-    source = detection.source(settings, 'train', train=False)
+    source = open_split(settings, 'train', train=False)
     assert source.description.class_names == ('person', 'cat')
     examples = [source.eval_example(i) for i in range(4)]
     assert [int(x['classes'][0]) for x in examples] == [1, 1, 1, -1]
     assert [bool(x['ignore'][0]) for x in examples] == [False, True, False, False]
     np.testing.assert_allclose(examples[0]['boxes'][0] * 80, [18, 24, 20, 32], rtol=1e-6)
     assert 'pictures of another size than their annotation says' in source.warnings()[0]
-    part = detection.source(settings, 'train[1:3]+val', train=True)
+    part = open_split(settings, 'train[1:3]+val', train=True)
     assert len(part) == 4
     assert part.description.splits == {'train': 4, 'val': 2}
     with pytest.raises(ValueError, match=r"data.split 'test': .* has no 'test'; it has train, val"):
-        detection.source(settings, 'test', train=True)
+        open_split(settings, 'test', train=True)
     with pytest.raises(ValueError, match=re.escape("data.name 'coco:nowhere': 'nowhere' is not a")):
-        detection.source(config(name='coco:nowhere'), 'train', train=True)
+        open_split(config(name='coco:nowhere'), 'train', train=True)
 
 
 def jpeg(size):
@@ -286,7 +285,7 @@ def tfds_dir(tmp_path_factory):
 @pytest.mark.parametrize('cache', [None, True])
 def test_tfds(tfds_dir, cache):
     settings = config(name='boxed', data_dir=str(tfds_dir), image_size=50, max_boxes=2, cache=cache)
-    source = detection.source(settings, 'test', train=False)
+    source = open_split(settings, 'test', train=False)
     assert source.in_memory == bool(cache)
     assert source.description.class_names == ('a', 'b', 'c')
     assert source.description.splits == {'train': 4, 'test': 4}
@@ -300,28 +299,28 @@ def test_tfds(tfds_dir, cache):
     assert example['ignore'].tolist() == [False, True, False]
     assert example['shape'].tolist() == [30, 43]
     np.testing.assert_allclose(example['boxes'][0], [0.3, 0.35, 0.2, 0.5], rtol=1e-5)
-    train = detection.source(settings, 'train[:2]', train=True)
+    train = open_split(settings, 'train[:2]', train=True)
     assert len(train) == 2
     assert train.eval_boxes == 2
 
 
 def test_tfds_without_boxes(tmp_path):
     with pytest.raises(ValueError, match="'mnist' is not prepared"):
-        detection.source(config(name='mnist', data_dir=str(tmp_path)), 'train', train=True)
+        open_split(config(name='mnist', data_dir=str(tmp_path)), 'train', train=True)
     from tensorflow_datasets import features
 
     plain = features.FeaturesDict({'image': features.Image(), 'label': features.ClassLabel()})
     with pytest.raises(ValueError, match="'image' and 'objects' with 'bbox' and 'label'"):
-        boxed._objects('cifar10', plain)
+        reading._objects('cifar10', plain)
 
 
 def test_digit_scenes():
-    test = detection.source(config(name='digit_scenes', max_boxes=16), 'test', train=False)
+    test = open_split(config(name='digit_scenes', max_boxes=16), 'test', train=False)
     assert len(test) == 250
     assert test.description.image_shape == (128, 128, 3)
     assert test.description.class_names == tuple('0123456789')
     assert test.description.splits == {'train': 1000, 'test': 250}
-    images, boxes, classes = detection.scenes.draw('test')
+    images, boxes, classes = scenes.draw('test')
     example = test.eval_example(3)
     np.testing.assert_array_equal(example['image'], images[3])
     np.testing.assert_array_equal(example['classes'][: len(classes[3])], classes[3])
@@ -331,14 +330,14 @@ def test_digit_scenes():
     )
     assert not test.flip
     assert test.gains[0] == 0
-    assert len(detection.source(config(name='digit_scenes'), 'test[:10%]', train=False)) == 25
+    assert len(open_split(config(name='digit_scenes'), 'test[:10%]', train=False)) == 25
     asked = config(name='digit_scenes', augment='random_scale')
-    assert detection.source(asked, 'test', train=True).flip
+    assert open_split(asked, 'test', train=True).flip
 
 
 def test_mosaic_only_in_the_first_part_of_the_run(voc):
     settings = config(name=f'voc:{voc}', image_size=64, mosaic=1.0, mixup=1.0, max_boxes=50)
-    source = detection.source(settings, 'train', train=True)
+    source = open_split(settings, 'train', train=True)
     assert source.mosaic_until == 0.7 * 10 * 2
     rng = np.random.default_rng(0)
 
@@ -350,14 +349,14 @@ def test_mosaic_only_in_the_first_part_of_the_run(voc):
     assert sum(blue(0) for _ in range(20)) > 5
     assert sum(blue(14) for _ in range(20)) == 0
     settings.train.steps = 50
-    assert detection.source(settings, 'train', train=True).mosaic_until == 0.7 * 50 * 2
+    assert open_split(settings, 'train', train=True).mosaic_until == 0.7 * 50 * 2
 
 
 def test_what_other_processes_find_is_counted(voc):
     picture = voc / 'JPEGImages' / 'two.jpg'
     picture.write_bytes(picture.read_bytes()[:-20])  # opens, does not decode
     settings = config(name=f'voc:{voc}', image_size=32, cache=False, workers=1)
-    source = detection.source(settings, 'train', train=False)
+    source = open_split(settings, 'train', train=False)
     before = source.warnings()
     assert len(source) == 2
     assert not any('decode' in line for line in before)
@@ -372,7 +371,7 @@ def test_what_other_processes_find_is_counted(voc):
 @pytest.mark.parametrize('mosaic', [0.0, 1.0])
 def test_batches_depend_on_seed_and_number_alone(voc, mosaic):
     settings = config(name=f'voc:{voc}', image_size=32, mosaic=mosaic, mixup=0.5, mosaic_epochs=1)
-    source = pickle.loads(pickle.dumps(detection.source(settings, 'train+val', train=True)))
+    source = pickle.loads(pickle.dumps(open_split(settings, 'train+val', train=True)))
 
     def take(skip, process=0, processes=1):
         batches = data.train_batches(
@@ -406,9 +405,7 @@ def test_real_blood_cells(shared):
     folder = shared / 'data' / 'bccd'
     if not folder.is_dir():
         pytest.skip(f'BCCD not found: {folder}')
-    source = detection.source(
-        config(name=f'voc:{folder}', cache=False), 'trainval+test', train=False
-    )
+    source = open_split(config(name=f'voc:{folder}', cache=False), 'trainval+test', train=False)
     assert source.description.class_names == ('Platelets', 'RBC', 'WBC')
     assert source.description.image_shape == (416, 416, 3)
     assert source.description.splits == {'test': 72, 'train': 205, 'trainval': 292, 'val': 87}
@@ -446,9 +443,9 @@ def test_real_blood_cells(shared):
     ],
 )
 def test_errors(settings, split, words, monkeypatch):
-    monkeypatch.setitem(detection.scenes.COUNTS, 'test', 2)
+    monkeypatch.setitem(scenes.COUNTS, 'test', 2)
     with pytest.raises(ValueError, match=re.escape(words[0])) as error:
-        detection.source(config(**settings), split, train=True)
+        open_split(config(**settings), split, train=True)
     assert '\n' not in str(error.value)
     for word in words:
         assert word in str(error.value)
@@ -461,4 +458,4 @@ def test_a_split_that_is_not_there(voc):
         ('empty', "data.split 'empty' has no examples"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
-            detection.source(config(name=f'voc:{voc}'), split, train=True)
+            open_split(config(name=f'voc:{voc}'), split, train=True)

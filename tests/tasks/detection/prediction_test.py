@@ -1,6 +1,6 @@
 import numpy as np
 
-from attention_jax.tasks import prediction
+from attention_jax.tasks.detection import prediction
 
 
 def found(*rows):

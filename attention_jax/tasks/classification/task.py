@@ -10,34 +10,25 @@ import optax
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from attention_jax import data
+from attention_jax.tasks.classification.reading import open_split
 from attention_jax.tasks.network import build_model
-
-Batch = Mapping[str, jax.Array]
-
-
-def source(
-    config: ConfigDict, split: str, preprocessing: Any = None, *, train: bool
-) -> data.Source:
-    """Opens a split of labelled pictures; see `attention_jax.data.source`."""
-    del train  # the loader augments what is trained on
-    return data.source(config.data, split, preprocessing)
+from attention_jax.tasks.task import Batch, Task, register_task
 
 
-def create(config: ConfigDict, description: Any) -> dict[str, Any]:
-    """Returns the fields of a `Task`; see `attention_jax.tasks`."""
-    return {
-        'model': build_model(config, description.num_classes),
-        'abstract_batch': functools.partial(abstract_batch, image_shape=description.image_shape),
-        'inputs': functools.partial(
+def create(config: ConfigDict, description: Any) -> Task:
+    """Returns the task of a dataset; see `tasks.Task`."""
+    return Task(
+        model=build_model(config, description.num_classes),
+        abstract_batch=functools.partial(abstract_batch, image_shape=description.image_shape),
+        inputs=functools.partial(
             inputs, mean=description.mean, std=description.std, dtype=config.train.compute_dtype
         ),
-        'loss': functools.partial(loss, label_smoothing=config.train.label_smoothing),
-        'metrics': metrics,
-        'measure': measure,
-        'results': results,
-        'best': 'accuracy',
-    }
+        loss=functools.partial(loss, label_smoothing=config.train.label_smoothing),
+        metrics=metrics,
+        measure=measure,
+        results=results,
+        best='accuracy',
+    )
 
 
 def abstract_batch(
@@ -119,3 +110,6 @@ def metrics(totals: Mapping[str, float]) -> dict[str, float]:
         'loss': totals['loss'] / totals['count'],
         'accuracy': totals['correct'] / totals['count'],
     }
+
+
+register_task('classification', open_split, create)

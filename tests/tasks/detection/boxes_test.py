@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax.functional import boxes
+from attention_jax.tasks.detection import boxes
 
 SQUARE = np.array([0.5, 0.5, 1.0, 1.0])
 

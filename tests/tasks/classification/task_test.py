@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax.data import Description
-from attention_jax.tasks import classification, create_task
+from attention_jax.tasks import create_task
+from attention_jax.tasks.classification import task as classification
+from attention_jax.tasks.classification.source import Description
 from configs import base
 
 DESCRIPTION = Description(

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from attention_jax.data import box_transforms, boxed, scenes, transforms
-from attention_jax.data.annotations import Annotation, Notes
 from attention_jax.data.loader import number_of_steps
+from attention_jax.data.transforms import to_array
+from attention_jax.tasks.detection import reading, scenes, transforms
+from attention_jax.tasks.detection.annotations import Annotation, Notes
 
 AUGMENTATIONS = ('none', 'random_scale')
 _DEFAULT_SIZE = 416
@@ -53,8 +54,8 @@ class Source:
         eval_boxes: of an evaluation example; at least as many as any picture has.
         notes: what was wrong with the data so far.
         flip: whether pictures may be mirrored.
-        gains: see `box_transforms.random_colors`.
-        scale: see `box_transforms.random_placement`.
+        gains: see `transforms.random_colors`.
+        scale: see `transforms.random_placement`.
         mosaic: probability that an example is made of four pictures.
         mixup: probability that such a one is mixed with one more.
         mosaic_until: number of examples of the run after which there is neither.
@@ -71,8 +72,8 @@ class Source:
     eval_boxes: int
     notes: Notes
     flip: bool = True
-    gains: tuple[float, float, float] = box_transforms.GAINS
-    scale: tuple[float, float] = box_transforms.SCALE
+    gains: tuple[float, float, float] = transforms.GAINS
+    scale: tuple[float, float] = transforms.SCALE
     mosaic: float = 0.0
     mixup: float = 0.0
     mosaic_until: float = 0.0
@@ -116,12 +117,12 @@ class Source:
         if self.augment == 'none':
             picture, boxes = self._asked_for(number)
             boxes = self._letterboxed((picture.height, picture.width), boxes)
-            canvas = box_transforms.letterbox(picture, size)
+            canvas = transforms.letterbox(picture, size)
         elif position < self.mosaic_until and rng.random() < self.mosaic:
             canvas, boxes = self._mosaic(number, rng)
             if rng.random() < self.mixup:
                 one_more = self._random_scale(int(rng.integers(len(self))), rng)
-                canvas, boxes = box_transforms.mixup((canvas, boxes), one_more)
+                canvas, boxes = transforms.mixup((canvas, boxes), one_more)
         else:
             canvas, boxes = self._random_scale(number, rng)
         if len(boxes) > self.max_boxes:
@@ -134,8 +135,8 @@ class Source:
             largest = np.argsort(-areas, kind='stable')[: self.max_boxes]
             boxes = boxes[np.sort(largest)]
         return {
-            'image': transforms.to_array(canvas),
-            'boxes': _padded(box_transforms.relative(boxes, size), self.max_boxes, 0),
+            'image': to_array(canvas),
+            'boxes': _padded(transforms.relative(boxes, size), self.max_boxes, 0),
             'classes': _padded(boxes[:, 4].astype(np.int32), self.max_boxes, -1),
         }
 
@@ -158,12 +159,12 @@ class Source:
             image, shape = np.zeros(self.description.image_shape, np.uint8), size
             boxes, ignore = np.zeros((0, 5)), np.zeros(0, bool)
         else:
-            image = transforms.to_array(box_transforms.letterbox(picture, size))
+            image = to_array(transforms.letterbox(picture, size))
             shape, ignore = found.shape, found.ignore
             boxes = _rows(found)
         return {
             'image': image,
-            'boxes': _padded(box_transforms.relative(boxes, shape), self.eval_boxes, 0),
+            'boxes': _padded(transforms.relative(boxes, shape), self.eval_boxes, 0),
             'classes': _padded(boxes[:, 4].astype(np.int32), self.eval_boxes, -1),
             'ignore': _padded(ignore, self.eval_boxes, False),
             'shape': np.array(shape, np.int32),
@@ -175,13 +176,13 @@ class Source:
         picture, found = self.example(number)
         if picture is None:
             size = self.description.image_shape[:2]
-            return Image.new('RGB', size[::-1], box_transforms.GREY), np.zeros((0, 5))
+            return Image.new('RGB', size[::-1], transforms.GREY), np.zeros((0, 5))
         return picture, _rows(found)[~found.ignore]
 
     def _letterboxed(self, shape: tuple[int, int], boxes: np.ndarray) -> np.ndarray:
         """Boxes [m, 5] of a picture of `shape` (h, w) on its letterbox."""
-        place = box_transforms.fit(shape, self.description.image_shape[:2])
-        return box_transforms.move(boxes, shape, place)
+        place = transforms.fit(shape, self.description.image_shape[:2])
+        return transforms.move(boxes, shape, place)
 
     def _shuffled(self, number: int, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
         # Of two boxes that the same prediction answers for, the later one counts: not always the
@@ -192,25 +193,27 @@ class Source:
     def _random_scale(
         self, number: int, rng: np.random.Generator
     ) -> tuple[Image.Image, np.ndarray]:
-        canvas, boxes = box_transforms.random_scale(
+        canvas, boxes = transforms.random_scale(
             *self._shuffled(number, rng),
             self.description.image_shape[:2],
             rng,
             flip=self.flip,
             scale=self.scale,
         )
-        return box_transforms.random_colors(canvas, rng, self.gains), boxes
+        return transforms.random_colors(canvas, rng, self.gains), boxes
 
     def _mosaic(self, number: int, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
         numbers = rng.permutation([number, *rng.integers(len(self), size=3)])
         examples = [self._shuffled(int(n), rng) for n in numbers]
-        canvas, boxes = box_transforms.mosaic(
+        canvas, boxes = transforms.mosaic(
             examples, self.description.image_shape[:2], rng, flip=self.flip
         )
-        return box_transforms.random_colors(canvas, rng, self.gains), boxes
+        return transforms.random_colors(canvas, rng, self.gains), boxes
 
 
-def source(config: Any, split: str, *, train: bool) -> Source:
+def open_split(
+    config: Any, split: str, preprocessing: Any = None, *, train: bool = False
+) -> Source:
     """Opens one split of a data set with boxes.
 
     Nothing is downloaded, and nothing in the data ends a run: what is bad is left out, counted,
@@ -235,17 +238,19 @@ def source(config: Any, split: str, *, train: bool) -> Source:
             start, that has them; its length is that of `config.train`.
             `scale`: limits of the random scale, if the config has it (default 0.25, 2).
             Of `config.detection`: `max_boxes`, of a training example.
-        split: a split, or as for `sources.source` slices and sums of splits.
+        split: a split, or as for `data.settings.split_ranges` slices and sums of splits.
+        preprocessing: not used: these networks take pixels over 255, whatever they were trained on.
         train: whether the split is trained on.
 
     Raises:
         ValueError: an unknown name, split or setting; data that is not there or not of this form;
             a split without pictures.
     """
+    del preprocessing
     notes = Notes()
-    opened = boxed.open_split(config, split, notes, train=train)
+    opened = reading.open_data(config, split, notes, train=train)
     name = config.data.name
-    size = _image_size(config, scenes.SIZE if name == boxed.SCENES else _DEFAULT_SIZE)
+    size = _image_size(config, scenes.SIZE if name == reading.SCENES else _DEFAULT_SIZE)
     description = Description(
         name=name,
         image_shape=(*size, 3),
@@ -257,7 +262,7 @@ def source(config: Any, split: str, *, train: bool) -> Source:
     if isinstance(max_boxes, bool) or not isinstance(max_boxes, int) or max_boxes < 1:
         raise ValueError(f'detection.max_boxes {max_boxes!r} must be a positive whole number')
     augment = getattr(config.data, 'augment', None)
-    plain = name == boxed.SCENES and augment != 'random_scale'
+    plain = name == reading.SCENES and augment != 'random_scale'
     mosaic, mixup, share = (
         _share(config, key, default)
         for key, default in (('mosaic', 0.0), ('mixup', 0.0), ('mosaic_epochs', 0.7))
@@ -276,7 +281,7 @@ def source(config: Any, split: str, *, train: bool) -> Source:
         eval_boxes=max(max_boxes, opened.most_boxes),
         notes=notes,
         flip=not plain,
-        gains=(0.0, *box_transforms.GAINS[1:]) if plain else box_transforms.GAINS,
+        gains=(0.0, *transforms.GAINS[1:]) if plain else transforms.GAINS,
         scale=_scale(config),
         mosaic=mosaic,
         mixup=mixup,
@@ -327,7 +332,7 @@ def _share(config: Any, key: str, default: float) -> float:
 
 
 def _scale(config: Any) -> tuple[float, float]:
-    scale = getattr(config.data, 'scale', box_transforms.SCALE)
+    scale = getattr(config.data, 'scale', transforms.SCALE)
     low, high = scale if isinstance(scale, (tuple, list)) and len(scale) == 2 else (0, 0)
     if not 0 < low <= high:
         raise ValueError(f'data.scale {scale!r} must be two numbers, 0 < smallest <= largest')

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from attention_jax.data import anchors
+from attention_jax.tasks.detection import anchors
 
 
 def test_three_groups_are_found_as_medians_sorted_by_area():

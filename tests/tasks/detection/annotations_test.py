@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attention_jax.data import annotations
-from attention_jax.data.annotations import Notes
+from attention_jax.tasks.detection import annotations
+from attention_jax.tasks.detection.annotations import Notes
 
 
 def test_what_is_bad_is_left_out_and_counted():

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax.functional import yolo
-from attention_jax.tasks import create_task, detection
+from attention_jax.tasks import create_task
+from attention_jax.tasks.detection import task as detection
+from attention_jax.tasks.detection import yolo
 from configs import yolov4_tiny
 
 NAMES = ('cat', 'dog', 'owl')

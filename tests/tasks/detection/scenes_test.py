@@ -3,7 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from attention_jax.data import scenes
+from attention_jax.tasks.detection import scenes
 
 
 @pytest.fixture(scope='module')

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attention_jax.data import box_transforms as transforms
-from attention_jax.data.box_transforms import Placement
+from attention_jax.tasks.detection import transforms
+from attention_jax.tasks.detection.transforms import Placement
 
 
 def photo(h, w, seed=0):

@@ -11,8 +11,8 @@ import numpy as np
 from flax import linen as nn
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from attention_jax.data import box_transforms, transforms
-from attention_jax.functional import boxes, yolo
+from attention_jax.data.transforms import convert, to_array
+from attention_jax.tasks.detection import boxes, transforms, yolo
 
 # Okabe and Ito's colours, which people who confuse red and green can tell apart as well.
 _COLORS = ('#E69F00', '#56B4E9', '#009E73', '#F0E442', '#0072B2', '#D55E00', '#CC79A7')
@@ -60,7 +60,7 @@ def predict(
             )
         image = Image.fromarray(image)
     image = upright(image)
-    canvas = transforms.to_array(box_transforms.letterbox(image, tuple(model.image_size)))
+    canvas = to_array(transforms.letterbox(image, tuple(model.image_size)))
     detect = _detector(_Static(model), score_threshold, iou_threshold, max_detections)
     found = jax.device_get(detect(variables, canvas, np.array([image.height, image.width])))
     found['boxes'] = found['boxes'].clip(0, np.float32([*image.size, *image.size]))
@@ -116,7 +116,7 @@ def upright(picture: Image.Image) -> Image.Image:
     Raises:
         ValueError: of floating point or 32 bits a pixel.
     """
-    return transforms.convert(ImageOps.exif_transpose(picture))
+    return convert(ImageOps.exif_transpose(picture))
 
 
 def _color(number: int) -> tuple[str, str]:

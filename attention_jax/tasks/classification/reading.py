@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from attention_jax.data import prepared, transforms
-from attention_jax.data.labelled import Description, Source
+from attention_jax.data import prepared, settings, transforms
+from attention_jax.tasks.classification.source import Description, Source
 
 AUGMENTATIONS = ('none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop')
-CACHE_LIMIT = 2**30  # bytes of pixels that are held decoded unless data.cache says otherwise
 _BLOCK = 512  # records read at a time while a split is decoded into memory
 _LARGEST_PAD_CROP = 96  # pixels a side; above it 'auto' takes random resized crops (STL-10 is 96)
 _DEFAULT_SIZE = 224  # for data sets whose pictures differ in size
@@ -31,13 +29,15 @@ _STATISTICS = {
 _NO_FLIP = ('digits', 'mnist', 'svhn', 'omniglot', 'cmaterdb', 'gtsrb')
 
 
-def source(data_config: Any, split: str, preprocessing: Any = None) -> Source:
+def open_split(
+    config: Any, split: str, preprocessing: Any = None, *, train: bool = False
+) -> Source:
     """Opens one split of a data set.
 
     Nothing is downloaded: a TFDS name must be prepared in `data_dir`, as array_record.
 
     Args:
-        data_config: an object with the attributes below (a ConfigDict); a missing one is None.
+        config: the whole config. Of `config.data`, a missing one is None:
             `name`: 'digits' (scikit-learn's 1,797 handwritten digits, enlarged to 32x32x1; every
             fifth is the test split; no files), or any TFDS name with `image` and `label`, such as
             'cifar10', 'imagenet2012', 'emnist/letters'.
@@ -55,6 +55,7 @@ def source(data_config: Any, split: str, preprocessing: Any = None) -> Source:
             data set's own are kept.
             `crop`, `interpolation`: as in `Description`.
             `input_size`: (h, w) where neither `image_size` nor the data set says one.
+        train: not used: the loader augments what is trained on.
 
     Returns:
         The source, with its description.
@@ -63,6 +64,8 @@ def source(data_config: Any, split: str, preprocessing: Any = None) -> Source:
         ValueError: an unknown name, split, size, augmentation or cache setting; data that is not
             there (with the way to prepare it), or that is not pictures with class labels.
     """
+    del train
+    data_config = config.data
     name = getattr(data_config, 'name', None)
     if not isinstance(name, str) or not name:
         raise ValueError(f"data.name {name!r} must be 'digits' or the name of a TFDS data set")
@@ -86,7 +89,9 @@ def _digits(data_config: Any, split: str, preprocessing: Any) -> Source:
     labels = digits.target.astype(np.int32)
     test = np.arange(len(images)) % 5 == 4
     parts = {'train': np.flatnonzero(~test), 'test': np.flatnonzero(test)}
-    ranges = split_ranges('digits', split, {key: len(value) for key, value in parts.items()})
+    ranges = settings.split_ranges(
+        'digits', split, {key: len(value) for key, value in parts.items()}
+    )
     chosen = np.concatenate([parts[key][low:high] for key, low, high in ranges])
     train = images[parts['train']] / 255
     description = Description(
@@ -101,7 +106,7 @@ def _digits(data_config: Any, split: str, preprocessing: Any) -> Source:
     )
     description = _prepared_as(description, preprocessing)
     augment = _augmentation(data_config, description, native=(32, 32))
-    cache_setting(data_config)  # always in memory; only a wrong value matters
+    settings.cache_setting(data_config)  # always in memory; only a wrong value matters
     return Source(
         description,
         split,
@@ -118,7 +123,7 @@ def _tfds(data_config: Any, name: str, split: str, preprocessing: Any) -> Source
     builder = prepared.open_builder(name, getattr(data_config, 'data_dir', None), 'digits')
     image, label = prepared.image_and_label(name, builder.info.features)
     splits = {key: info.num_examples for key, info in builder.info.splits.items()}
-    ranges = split_ranges(name, split, splits)
+    ranges = settings.split_ranges(name, split, splits)
     base = prepared.base_name(name)
     channels = image.shape[-1]
     default = _IMAGENET if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
@@ -145,7 +150,7 @@ def _tfds(data_config: Any, name: str, split: str, preprocessing: Any) -> Source
 
     crops = augment == 'random_resized_crop'
     stored = native if crops else description.image_shape[:2]
-    cache = cache_setting(data_config)
+    cache = settings.cache_setting(data_config)
     if cache and stored is None:
         raise ValueError(
             f'data.cache True needs pictures of one size, and those of {name!r} differ; '
@@ -154,7 +159,7 @@ def _tfds(data_config: Any, name: str, split: str, preprocessing: Any) -> Source
         )
     count = sum(high - low for _, low, high in ranges)
     if cache is None:
-        cache = native is not None and count * math.prod(stored) * channels < CACHE_LIMIT
+        cache = native is not None and count * math.prod(stored) * channels < settings.CACHE_LIMIT
     if not cache:
         return Source(description, split, augment, records=records)
     images, labels = _decode_all(records, (*stored, channels), description.interpolation)
@@ -169,46 +174,6 @@ def _prepared_as(description: Description, preprocessing: Any) -> Description:
     if len(preprocessing.mean) == description.image_shape[-1]:
         changes |= {'mean': preprocessing.mean, 'std': preprocessing.std}
     return dataclasses.replace(description, **changes)
-
-
-def split_ranges(name: str, split: str, splits: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """Resolves a split string to (split, first, last + 1), or a ValueError that lists the splits.
-
-    TFDS's reading of slices, for `digits` too, so that 'train[:90%]' means the same everywhere.
-    """
-    there = ', '.join(f'{key} ({count:,} examples)' for key, count in splits.items())
-    if not isinstance(split, str):
-        raise ValueError(f'data.split {split!r} must be a string; {name!r} has {there}')
-    if split in splits:
-        ranges = [(split, 0, splits[split])]
-    else:
-        parts = [part.split('[')[0].strip() for part in split.split('+')]
-        unknown = [part for part in parts if part not in splits and part != 'all']
-        if unknown:
-            raise ValueError(
-                f'data.split {split!r}: {name!r} has no {unknown[0]!r}; it has {there}: choose '
-                'by data.split and data.test_split'
-            )
-        import tensorflow_datasets as tfds  # only for slices: digits alone does not need it
-
-        infos = {
-            key: tfds.core.SplitInfo(name=key, shard_lengths=[count], num_bytes=0)
-            for key, count in splits.items()
-        }
-        try:
-            absolute = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
-        except (ValueError, AssertionError, NotImplementedError):
-            raise ValueError(
-                f"data.split {split!r} cannot be read; write 'train', 'train[:90%]', "
-                f"'train[100:200]' or a sum of such; {name!r} has {there}"
-            ) from None
-        ranges = [
-            (x.splitname, x.from_ or 0, splits[x.splitname] if x.to is None else x.to)
-            for x in absolute
-        ]
-    if sum(max(0, high - low) for _, low, high in ranges) == 0:
-        raise ValueError(f'data.split {split!r} has no examples; {name!r} has {there}')
-    return ranges
 
 
 def _image_size(data_config: Any) -> tuple[int, int] | None:
@@ -241,16 +206,6 @@ def _augmentation(
             f"{description.name!r} is not of its class; use 'pad_crop'"
         )
     return augment
-
-
-def cache_setting(data_config: Any) -> bool | None:
-    """`cache` as True, False or None, or a ValueError."""
-    cache = getattr(data_config, 'cache', None)
-    if cache is None or cache == 'auto':
-        return None
-    if not isinstance(cache, bool):
-        raise ValueError(f'data.cache {cache!r} must be True, False or auto')
-    return cache
 
 
 def _stored(images: np.ndarray, description: Description, augment: str) -> np.ndarray:

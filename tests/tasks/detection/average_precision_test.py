@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_jax.tasks.average_precision import average_precision
+from attention_jax.tasks.detection.average_precision import average_precision
 
 NAMES = ('cat', 'dog', 'cow')
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from attention_jax.data import annotations, prepared, scenes, sources, transforms
-from attention_jax.data.annotations import Annotation, Notes
+from attention_jax.data import prepared, settings, transforms
+from attention_jax.tasks.detection import annotations, scenes
+from attention_jax.tasks.detection.annotations import Annotation, Notes
 
 SCENES = 'digit_scenes'
 _BLOCK = 256  # records read at a time
@@ -28,7 +29,7 @@ _OTHER_SIZE = (
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A split as it was opened: see `detection.Source`; and the most boxes that a picture has."""
+    """A split as it was opened: see `source.Source`; and the most boxes that a picture has."""
 
     class_names: Sequence[str]
     splits: Mapping[str, int]
@@ -39,8 +40,8 @@ class Opened:
     most_boxes: int
 
 
-def open_split(config: Any, split: str, notes: Notes, *, train: bool) -> Opened:
-    """Opens a split of `config.data.name`; see `detection.source`.
+def open_data(config: Any, split: str, notes: Notes, *, train: bool) -> Opened:
+    """Opens a split of `config.data.name`; see `source.open_split`.
 
     Args:
         config: the whole config.
@@ -65,7 +66,7 @@ def open_split(config: Any, split: str, notes: Notes, *, train: bool) -> Opened:
             f"its configuration, '{kind}/...'"
         )
     if name == SCENES:
-        sources.cache_setting(config.data)  # always in memory; only a wrong value matters
+        settings.cache_setting(config.data)  # always in memory; only a wrong value matters
         return _scenes(split, notes)
     if kind in opening:
         return opening[kind](config, name, path, split, notes)
@@ -75,7 +76,7 @@ def open_split(config: Any, split: str, notes: Notes, *, train: bool) -> Opened:
 
 
 def _scenes(split: str, notes: Notes) -> Opened:
-    ranges = sources.split_ranges(SCENES, split, scenes.COUNTS)
+    ranges = settings.split_ranges(SCENES, split, scenes.COUNTS)
     pictures, found = [], []
     for key, low, high in ranges:
         images, boxes, classes = scenes.draw(key)
@@ -113,7 +114,7 @@ def _voc(config: Any, name: str, path: str, split: str, notes: Notes) -> Opened:
         for key, pictures in annotations.voc_splits(name, folder).items():
             lists.setdefault(key, []).extend((folder, picture) for picture in pictures)
     splits = {key: len(pictures) for key, pictures in lists.items()}
-    ranges = sources.split_ranges(name, split, splits)
+    ranges = settings.split_ranges(name, split, splits)
     chosen = dict.fromkeys(item for key, low, high in ranges for item in lists[key][low:high])
     class_names = annotations.voc_classes(name, folders)
     found = []
@@ -139,7 +140,7 @@ def _coco(config: Any, name: str, path: str, split: str, notes: Notes) -> Opened
         raise ValueError(f'data.split {split!r} of {name!r}: its parts differ in categories')
     splits = {part: len(document['images']) for part, document in documents.items()}
     found = []
-    for key, low, high in sources.split_ranges(name, split, splits):
+    for key, low, high in settings.split_ranges(name, split, splits):
         found += annotations.coco(
             folder / key, documents[key], slice(low, high), list(categories[0]), notes
         )
@@ -159,9 +160,9 @@ def _from_files(
         reasons = '; '.join(notes.lines())
         raise ValueError(f'data.split {split!r} of {name!r} has no picture left: {reasons}')
     example = functools.partial(_from_file, found, notes)
-    cache = sources.cache_setting(config.data)
+    cache = settings.cache_setting(config.data)
     if cache is None:
-        cache = 3 * sum(h * w for h, w in (a.shape for a in found)) < sources.CACHE_LIMIT
+        cache = 3 * sum(h * w for h, w in (a.shape for a in found)) < settings.CACHE_LIMIT
     if cache:
         # Threads, because decoding photos lets go of Python's lock.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -178,7 +179,7 @@ def _tfds(config: Any, name: str, split: str, notes: Notes, *, train: bool) -> O
     builder = prepared.open_builder(name, getattr(config.data, 'data_dir', None), SCENES)
     image, label, ignored = _objects(name, builder.info.features)
     splits = {key: info.num_examples for key, info in builder.info.splits.items()}
-    sources.split_ranges(name, split, splits)
+    settings.split_ranges(name, split, splits)
     encoded = isinstance(image, tfds.features.Image)
     with prepared.quiet():
         records = builder.as_data_source(
@@ -187,7 +188,7 @@ def _tfds(config: Any, name: str, split: str, notes: Notes, *, train: bool) -> O
     example = functools.partial(_from_record, records, label.num_classes, ignored, notes)
     # Cut the truth of no picture that is evaluated: every record is read once for that.
     most = 0 if train else _most_objects(records)
-    cache = bool(sources.cache_setting(config.data))
+    cache = bool(settings.cache_setting(config.data))
     if cache:
         examples = [example(i) for i in range(len(records))]
         pictures = [None if p is None else transforms.to_array(p) for p, _ in examples]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attention_jax.functional import boxes as box_functions
-from attention_jax.functional import yolo
+from attention_jax.tasks.detection import boxes as box_functions
+from attention_jax.tasks.detection import yolo
 from attention_jax.training import sharding
 from tests import helpers
 

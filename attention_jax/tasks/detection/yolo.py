@@ -14,9 +14,9 @@ import numpy as np
 from jax import lax
 
 from attention_jax import checks
-from attention_jax.functional.boxes import ciou, overlap, overlap_ratio
 from attention_jax.functional.dtypes import statistics_type
 from attention_jax.functional.sharding import per_example
+from attention_jax.tasks.detection.boxes import ciou, overlap, overlap_ratio
 
 BALANCE = {32: 0.4, 16: 1.0}  # weight of the object term at each stride
 # A probability clipped to [1e-7, 1 - 1e-7] is the sigmoid of a logit clipped to this.

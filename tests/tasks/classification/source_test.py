@@ -2,6 +2,7 @@ import io
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +10,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from attention_jax import data
+from attention_jax.tasks.classification import reading
+
+
+def opened(data_config, split, preprocessing=None):
+    return reading.open_split(types.SimpleNamespace(data=data_config), split, preprocessing)
 
 
 def config(**settings):
@@ -27,8 +33,8 @@ def test_digits():
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    train = data.source(config(name='digits'), 'train')
-    test = data.source(config(name='digits'), 'test')
+    train = opened(config(name='digits'), 'train')
+    test = opened(config(name='digits'), 'test')
     is_test = np.arange(1797) % 5 == 4
     np.testing.assert_array_equal(train.labels, digits.target[~is_test])
     np.testing.assert_array_equal(test.labels, digits.target[is_test])
@@ -60,10 +66,10 @@ def test_digits():
 
 def test_digits_slices_and_size():
     settings = config(name='digits', image_size=48)
-    whole = data.source(settings, 'train')
+    whole = opened(settings, 'train')
     assert whole.images.shape[1:] == whole.description.image_shape == (48, 48, 1)
-    first = data.source(settings, 'train[:90%]')
-    rest = data.source(settings, 'train[90%:]+test')
+    first = opened(settings, 'train[:90%]')
+    rest = opened(settings, 'train[90%:]+test')
     assert (len(first), len(rest)) == (1294, 144 + 359)
     np.testing.assert_array_equal(first.labels, whole.labels[:1294])
     np.testing.assert_array_equal(rest.labels[:144], whole.labels[1294:])
@@ -74,7 +80,7 @@ def test_plain_objects_serve_as_config():
     class Settings:
         name = 'digits'
 
-    assert len(data.source(Settings(), 'test')) == 359
+    assert len(opened(Settings(), 'test')) == 359
 
 
 @pytest.fixture(scope='session')
@@ -134,8 +140,8 @@ def tfds_dir(tmp_path_factory):
 
 
 def test_tfds_in_memory(tfds_dir, monkeypatch):
-    monkeypatch.setattr(data.sources, '_BLOCK', 8)
-    source = data.source(config(name='small_pictures', data_dir=str(tfds_dir)), 'train[:50%]+test')
+    monkeypatch.setattr(reading, '_BLOCK', 8)
+    source = opened(config(name='small_pictures', data_dir=str(tfds_dir)), 'train[:50%]+test')
     assert source.images.shape == (17, 12, 10, 3)
     assert source.augment == 'pad_crop_flip'
     description = source.description
@@ -150,14 +156,14 @@ def test_tfds_in_memory(tfds_dir, monkeypatch):
         made[np.asarray(picture.convert('L').convert('RGB') if i == 3 else picture).tobytes()] = i
     for image, label in zip(source.images, source.labels, strict=True):
         assert made[image.tobytes()] % 3 == label
-    whole = data.source(config(name='small_pictures', data_dir=str(tfds_dir)), 'train')
+    whole = opened(config(name='small_pictures', data_dir=str(tfds_dir)), 'train')
     assert sorted(made[image.tobytes()] for image in whole.images) == list(range(20))
 
 
 def test_tfds_uncached_is_the_same(tfds_dir):
     settings = {'name': 'small_pictures', 'data_dir': str(tfds_dir), 'augment': 'none'}
-    cached = data.source(config(**settings, cache=True), 'train')
-    uncached = data.source(config(**settings, cache=False), 'train')
+    cached = opened(config(**settings, cache=True), 'train')
+    uncached = opened(config(**settings, cache=False), 'train')
     assert uncached.images is None
     assert len(uncached) == len(cached) == 20
     for one, other in zip(
@@ -172,19 +178,19 @@ def test_tfds_uncached_is_the_same(tfds_dir):
 
 def test_tfds_pictures_of_many_sizes(tfds_dir):
     settings = {'name': 'photos', 'data_dir': str(tfds_dir)}
-    source = data.source(config(**settings), 'train')
+    source = opened(config(**settings), 'train')
     assert source.images is None
     assert source.augment == 'random_resized_crop'
     assert source.description.image_shape == (224, 224, 3)
     assert source.description.flip
-    source = data.source(config(**settings, image_size=16), 'test')
+    source = opened(config(**settings, image_size=16), 'test')
     (batch,) = data.eval_batches(source, config(), batch_size=8)
     assert batch['image'].shape == (8, 16, 16, 3)
     for image, label, mask in zip(batch['image'], batch['label'], batch['mask'], strict=True):
         red = float(image[..., 0].mean())
         assert (image.std((0, 1)) == 0).all()
         assert mask == 0 or round(red / 10) % 3 == label
-    forced = data.source(config(**settings, image_size=16, augment='pad_crop', cache=True), 'test')
+    forced = opened(config(**settings, image_size=16, augment='pad_crop', cache=True), 'test')
     assert forced.images.shape == (7, 16, 16, 3)
 
 
@@ -195,7 +201,7 @@ def test_real_cifar10(shared):
     if not directory.is_dir():
         pytest.skip(f'CIFAR-10 not found: {directory}')
 
-    source = data.source(config(name='cifar10', data_dir=str(directory)), 'test')
+    source = opened(config(name='cifar10', data_dir=str(directory)), 'test')
     assert source.images.shape == (10_000, 32, 32, 3)
     assert source.augment == 'pad_crop_flip'
     assert np.bincount(source.labels).tolist() == [1000] * 10
@@ -251,7 +257,7 @@ def test_errors(settings, split, words, tfds_dir, capfd):
     if settings['name'] != 'digits':
         settings = {'data_dir': str(tfds_dir), **settings}
     with pytest.raises(ValueError, match=re.escape(words[0])) as error:
-        data.source(config(**settings), split)
+        opened(config(**settings), split)
     message = str(error.value)
     assert '\n' not in message
     for word in words:
@@ -269,4 +275,4 @@ def test_other_file_formats_are_refused(tfds_dir, tmp_path):
     written['fileFormat'] = 'tfrecord'
     info.write_text(json.dumps(written))
     with pytest.raises(ValueError, match=r'stored as tfrecord.*--file_format=array_record'):
-        data.source(config(name='numbers', data_dir=str(tmp_path)), 'train')
+        opened(config(name='numbers', data_dir=str(tmp_path)), 'train')
