@@ -2,22 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 
 from attention_jax import checks, functional
 from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.gating import PlaneGate, rescale
 from attention_jax.modules.maps import sow_map
-from attention_jax.modules.registry import TorchName, register_attention
-
-
-def _names(gate: str, **planes: str) -> dict[str, TorchName]:
-    """Names of the convolution and norm of each plane's gate, `gate` being where they sit."""
-    names: dict[str, TorchName] = {}
-    for ours, theirs in planes.items():
-        names[f'{theirs}.{gate}.conv.*'] = f'{ours}/conv/*'
-        names[f'{theirs}.{gate}.bn.*'] = f'{ours}/norm/*'
-    return names
+from attention_jax.modules.registry import ForeignName, TorchName, register_attention
 
 
 class TripletAttention(nn.Module):
@@ -64,37 +56,51 @@ class TripletAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Gates every entry of x.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: uses the batch's statistics in the norms.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: an even kernel, or x with fewer than three axes or an empty one.
-        """
+        """Gates every entry of x `[..., h, w, c]`; `train` is for the norms."""
         checks.feature_map(x)
-        checks.odd('kernel_size', self.kernel_size)
         x = x.astype(self.dtype or x.dtype)
         pooled = {'cw': -3, 'hc': -2} | ({'hw': -1} if self.spatial else {})
         gates = [
             _Plane(
                 axis=axis,
-                settings={
-                    'kernel_size': self.kernel_size,
-                    'norm_momentum': self.norm_momentum,
-                    'norm_eps': self.norm_eps,
-                    'norm_scale_init': self.norm_scale_init if name == 'hw' else 1.0,
-                    'param_dtype': self.param_dtype,
-                },
+                kernel_size=self.kernel_size,
+                norm_momentum=self.norm_momentum,
+                norm_eps=self.norm_eps,
+                norm_scale_init=self.norm_scale_init if name == 'hw' else 1.0,
+                param_dtype=self.param_dtype,
                 name=name,
-            )(x, train)
+            )(x, train=train)
             for name, axis in pooled.items()
         ]
         return rescale(x, sum(gates) / len(gates))
+
+
+class _Plane(PlaneGate):
+    """The gate on the plane that is left when `axis` of x `[..., h, w, c]` is pooled.
+
+    It has as many axes as x, ready to be multiplied, and is float32 or float64.
+    """
+
+    axis: int = -1
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        mean, top = functional.axis_mean_and_max(x, self.axis)
+        z = jnp.stack([top, mean], -1)
+        turn = self.axis == -3  # what is left is [..., w, c], but the kernel runs over (c, w)
+        if turn:
+            z = rearrange(z, '... w c q -> ... c w q')
+        g = super().__call__(z, train=train)[..., 0]
+        sow_map(self, lambda: g)
+        return jnp.expand_dims(rearrange(g, '... c w -> ... w c') if turn else g, self.axis)
+
+
+def _names(gate: str, **planes: str) -> dict[ForeignName, TorchName]:
+    """Names of the convolution and norm of each plane's gate, `gate` being where they sit."""
+    return {
+        f'{theirs}.{gate}.{layer}.*': f'{ours}/{name}/*'
+        for ours, theirs in planes.items()
+        for layer, name in (('conv', 'conv'), ('bn', 'norm'))
+    }
 
 
 register_attention(
@@ -116,26 +122,3 @@ register_attention(
         'models': _names('spatial', cw='ChannelGateH', hc='ChannelGateW', hw='SpatialGate'),
     },
 )
-
-
-class _Plane(nn.Module):
-    """The gate on the plane that is left when `axis` of x `[..., h, w, c]` is pooled.
-
-    It is returned with as many axes as x, ready to be multiplied, in float32 or float64.
-    """
-
-    axis: int
-    settings: dict
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        mean, top = functional.axis_mean_and_max(x, self.axis)
-        z = jnp.stack([top, mean], -1)
-        turn = self.axis == -3  # [..., w, c], but the kernel runs over (c, w)
-        if turn:
-            z = z.swapaxes(-3, -2)
-        plane = PlaneGate(**self.settings)
-        nn.share_scope(self, plane)  # its `conv` and `norm` are ours
-        g = plane(z, train=train)[..., 0]
-        sow_map(self, lambda: g)
-        return jnp.expand_dims(g.swapaxes(-2, -1) if turn else g, self.axis)
