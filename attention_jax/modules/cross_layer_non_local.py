@@ -181,6 +181,6 @@ register_attention(
             'bn{r}.*': 'norm_{r}/*',
         }
     },
-    maps=2,
     context_channels=_context_channels,
+    maps=2,
 )

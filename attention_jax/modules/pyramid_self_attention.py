@@ -1,5 +1,9 @@
 """Self-attention in regions of several sizes: the pyramid module of STANet."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -109,6 +113,13 @@ class PyramidSelfAttention(nn.Module):
         return x + y if self.residual else y
 
 
+def _example(shape: Sequence[int]) -> dict[str, Any]:
+    """One picture a map, where the default is two side by side, and scales that divide the map."""
+    most = math.gcd(8, *shape[-3:-1])
+    scales = {} if most == 8 else {'scales': tuple(r for r in (1, 2, 4) if r <= most)}
+    return {'images': 1, **scales}
+
+
 register_attention(
     'pyramid_self_attention',
     PyramidSelfAttention,
@@ -118,6 +129,7 @@ register_attention(
     family='positions',
     complexity='N^2 C + N C^2',
     variants={'authors': {}},
+    example=_example,
     torch_names={
         'authors': {
             'stages.{i}.f_key.0.*': ('level_{i}/key/*', 'o i 1 1 -> i o'),

@@ -136,6 +136,11 @@ def shared_fields(module: nn.Module, cls: type[nn.Module]) -> dict[str, Any]:
     return {f: getattr(module, f) for f in field_names(cls) if f != 'name' and hasattr(module, f)}
 
 
+def spatial_rank(module: nn.Module) -> int:
+    """Spatial axes of what a mechanism or network takes: `spatial_dims`, or 2 without the field."""
+    return getattr(module, 'spatial_dims', 2)
+
+
 def pointwise(layers: Mapping[str, str], spatial_dims: int = 2) -> dict[ForeignName, TorchName]:
     """Their 1x1 convolutions that are dense layers of ours: their layer -> our layer, as names."""
     pattern = f'o i {" ".join("1" * spatial_dims)} -> i o'

@@ -1,6 +1,7 @@
 """What every registered mechanism promises, in every published variant."""
 
 import functools
+import inspect
 import pathlib
 
 import jax
@@ -12,7 +13,12 @@ from flax import nnx, traverse_util
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import attention_jax
-from attention_jax.modules.registry import attention_entry, field_names, starts_as_identity
+from attention_jax.modules.registry import (
+    attention_entry,
+    field_names,
+    spatial_rank,
+    starts_as_identity,
+)
 from tests import helpers
 
 NAMES = attention_jax.list_attention()
@@ -41,30 +47,28 @@ def expected(name, what, variant, default):
     return found.get(variant, found.get('', default))
 
 
-# What must be given.
-REQUIRED = {'danet_head': {'num_classes': 21}, 'pyramid_self_attention': {'images': 1}}
-
-# What takes further maps: it is given x itself.
-TAKES_CONTEXT = ('cross_layer_non_local',)
+SPATIAL = {1: (12,), 2: (16, 8), 3: (4, 16, 8)}  # sides of a map, by their number
 
 
 class OnItself(nn.Module):
-    """A mechanism that takes a further map, given the one it is called with."""
+    """A mechanism that takes further maps, given the one it is called with for each."""
 
     inner: nn.Module
+    maps: int
 
     def setup(self):
         nn.share_scope(self, self.inner)
 
     def __call__(self, x, *, train=False):
-        return self.inner(x, x, train=train)
+        return self.inner(*[x] * self.maps, train=train)
 
 
 def build(name, variant='default', **more):
-    variants = {'default': {}, **attention_entry(name).variants}
-    arguments = {**REQUIRED.get(name, {}), **variants[variant], **more}
+    entry = attention_entry(name)
+    variants = {'default': {}, **entry.variants}
+    arguments = {**entry.example((*SPATIAL[2], 64)), **variants[variant], **more}
     module = attention_jax.create_attention(name, **arguments)
-    return OnItself(module) if name in TAKES_CONTEXT else module
+    return OnItself(module, entry.maps) if entry.maps > 1 else module
 
 
 def joined(out):
@@ -73,9 +77,7 @@ def joined(out):
 
 
 def example(name, variant='default', batch=2):
-    spatial = {1: (12,), 2: (16, 8), 3: (4, 16, 8)}[
-        getattr(build(name, variant), 'spatial_dims', 2)
-    ]
+    spatial = SPATIAL[spatial_rank(build(name, variant))]
     # Examples lie about a mean and its opposite in turn: no ReLU behind a pool is dead for all.
     sign = (-1.0) ** np.arange(batch).reshape(batch, *[1] * (len(spatial) + 1))
     x = sign * helpers.array((64,), 2) + helpers.array((batch, *spatial, 64))
@@ -95,6 +97,8 @@ def test_every_mechanism_says_what_it_is(name):
     assert getattr(attention_jax, entry.cls.__name__) is entry.cls
     classes = [cls for cls in entry.cls.__mro__ if 'Attributes:' in (cls.__doc__ or '')]
     assert classes[0].__doc__.count('Attributes:') == 1
+    _, *parameters = inspect.signature(entry.cls.__call__).parameters.values()
+    assert entry.maps == sum(p.default is p.empty for p in parameters)
     fields = field_names(entry.cls)
     assert {'dtype', 'param_dtype'} <= set(fields)
     documented = classes[0].__doc__.split('Attributes:')[1]
