@@ -228,5 +228,6 @@ register_model(
     paper='arXiv 2011.08036',
     input_size=(416, 416),
     num_classes=0,
+    preprocessing='pixels',
     torch_names={'yolov4_tiny': TORCH_NAMES},
 )

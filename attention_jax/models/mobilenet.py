@@ -294,7 +294,9 @@ def _register(name: str, paper: str, **description: Any) -> None:
     def build(**arguments: Any) -> MobileNetV2:
         return create_described(MobileNetV2, description, arguments)
 
-    register_model(name, build, family='mobilenet', paper=paper, torch_names=torch_names)
+    usual = 'timm' if 'timm' in paper else 'torchvision'
+    facts = {'family': 'mobilenet', 'paper': paper, 'preprocessing': usual}
+    register_model(name, build, torch_names=torch_names, **facts)
 
 
 def _register_all() -> None:

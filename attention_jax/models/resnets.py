@@ -56,7 +56,9 @@ def _register(
     def build(**arguments: Any) -> ResNet:
         return create_described(ResNet, description, arguments)
 
-    facts = {'family': 'resnet', **facts}
+    facts = {'family': 'resnet', 'rank': description.get('spatial_dims', 2), **facts}
+    if 'timm' in facts['paper']:
+        facts['preprocessing'] = 'timm'
     foreign = functools.partial(torch_names, naming=names or Naming())
     register_model(name, build, torch_names=foreign, **facts)
 

@@ -344,6 +344,8 @@ def _register(name: str, num_classes: int, **description: Any) -> None:
         paper='arXiv 2011.08036',
         input_size=(416, 416),
         num_classes=num_classes,
+        task='detection',
+        preprocessing='pixels',
         torch_names=torch_names,
     )
 
