@@ -72,19 +72,7 @@ class EfficientChannelAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Gates the channels of x.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: changes nothing here.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: an unknown name, an even kernel, a circular window that meets itself, an
-                option that the mode lacks, or x with fewer than three axes.
-        """
+        """Gates the channels of x `[..., h, w, c]`."""
         checks.feature_map(x)
         checks.choice('mode', self.mode, ('shared', 'per_channel', 'mlp'))
         checks.choice('padding', self.padding, ('zero', 'circular'))
@@ -96,7 +84,7 @@ class EfficientChannelAttention(nn.Module):
         c = x.shape[-1]
         k = self.kernel_size
         if k is None:
-            k = nearest_odd(c, self.gamma, self.beta, self.min_kernel_size)
+            k = _nearest_odd(c, self.gamma, self.beta, self.min_kernel_size)
         checks.odd('kernel_size', k)
         if self.padding == 'circular' and k // 2 > c:
             raise ValueError(
@@ -107,46 +95,22 @@ class EfficientChannelAttention(nn.Module):
 
         y = functional.spatial_mean(x)
         pad = 'wrap' if self.padding == 'circular' else 'constant'
+        types = {'param_dtype': self.param_dtype}
         if self.mode == 'shared':
-            v = _SharedWindow(k, pad, self.use_bias, self.param_dtype, name='conv')(y)
+            v = _SharedWindow(k, pad, self.use_bias, **types, name='conv')(y)
         elif self.mode == 'per_channel':
             init = initializers.variance_scaling(1 / 3, 'fan_in', 'uniform', in_axis=1, out_axis=0)
             v = _windows(y, self.param('kernel', init, (c, k), self.param_dtype), pad)
         else:
             r = hidden_width(c, reduction=8, hidden=self.hidden, divisor=8, guard=True)
-            u = Conv(r, (1,), param_dtype=self.param_dtype, name='conv1')(y[..., None])
-            u = _pad(jax.nn.relu(u), -2, k // 2, pad)
-            v = Conv(1, (k,), padding=0, param_dtype=self.param_dtype, name='conv2')(u)[..., 0]
+            u = jax.nn.relu(Conv(r, (1,), **types, name='conv1')(y[..., None]))
+            v = Conv(1, (k,), padding=0, **types, name='conv2')(_pad(u, -2, k // 2, pad))[..., 0]
         g = to_gate(v)
         sow_map(self, lambda: g)
         return rescale(x, g)
 
 
-register_attention(
-    'eca',
-    EfficientChannelAttention,
-    paper='ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks',
-    arxiv='1910.03151',
-    year=2020,
-    family='channel',
-    complexity='N C + k C',
-    variants={
-        'authors': {},
-        'paper': {'kernel_size': None},
-        'per_channel': {'mode': 'per_channel'},
-        'article': {'use_bias': True},
-        'timm': {'kernel_size': None, 'min_kernel_size': 3},
-        'timm_circular': {'kernel_size': None, 'min_kernel_size': 3, 'padding': 'circular'},
-        'timm_mlp': {'kernel_size': None, 'min_kernel_size': 3, 'mode': 'mlp'},
-    },
-    torch_names={
-        'authors': {'conv.*': 'conv/*', 'conv.weight': ('kernel', 'c 1 k -> c k')},
-        'timm_mlp': {'conv.*': 'conv1/*', 'conv2.*': 'conv2/*'},
-    },
-)
-
-
-def nearest_odd(channels: int, gamma: float, beta: float, minimum: int) -> int:
+def _nearest_odd(channels: int, gamma: float, beta: float, minimum: int) -> int:
     """The paper's kernel size: the odd number nearest to `(log2(channels) + beta) / gamma`."""
     if not gamma > 0:
         raise ValueError(f'gamma must be positive, got {gamma}')
@@ -192,3 +156,27 @@ def _pad(y: jax.Array, axis: int, width: int, mode: str) -> jax.Array:
     margins = [(0, 0)] * y.ndim
     margins[axis] = (width, width)
     return jnp.pad(y, margins, mode=mode)
+
+
+register_attention(
+    'eca',
+    EfficientChannelAttention,
+    paper='ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks',
+    arxiv='1910.03151',
+    year=2020,
+    family='channel',
+    complexity='N C + k C',
+    variants={
+        'authors': {},
+        'paper': {'kernel_size': None},
+        'per_channel': {'mode': 'per_channel'},
+        'article': {'use_bias': True},
+        'timm': {'kernel_size': None, 'min_kernel_size': 3},
+        'timm_circular': {'kernel_size': None, 'min_kernel_size': 3, 'padding': 'circular'},
+        'timm_mlp': {'kernel_size': None, 'min_kernel_size': 3, 'mode': 'mlp'},
+    },
+    torch_names={
+        'authors': {'conv.*': 'conv/*', 'conv.weight': ('kernel', 'c 1 k -> c k')},
+        'timm_mlp': {'conv.*': 'conv1/*', 'conv2.*': 'conv2/*'},
+    },
+)
