@@ -122,12 +122,7 @@ register_attention(
         'authors': {},
         'timm': {'reduction': 24, 'hidden_divisor': 8, 'use_bias': False},
         'changzy00': {'activation': 'relu', 'gate': 'identity'},
-        'yolov4_tiny': {
-            'reduction': 16,
-            'min_hidden': 1,
-            'use_bias': False,
-            'activation': 'relu',
-        },
+        'yolov4_tiny': {'reduction': 16, 'min_hidden': 1, 'use_bias': False, 'activation': 'relu'},
     },
     torch_names={
         'authors': _names('conv1', 'bn1', 'conv_h', 'conv_w'),

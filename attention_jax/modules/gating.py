@@ -22,10 +22,7 @@ ACTIVATIONS: dict[str, Function] = {
     'identity': lambda x: x,
 }
 
-GATES: dict[str, Function] = {
-    'sigmoid': jax.nn.sigmoid,
-    'hard_sigmoid': jax.nn.hard_sigmoid,
-}
+GATES: dict[str, Function] = {'sigmoid': jax.nn.sigmoid, 'hard_sigmoid': jax.nn.hard_sigmoid}
 
 
 def activation(name: str, **more: Function) -> Function:
