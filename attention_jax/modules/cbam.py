@@ -142,7 +142,7 @@ class CBAMChannel(nn.Module):
         return rescale(x, g)
 
 
-class CBAMSpatial(nn.Module):
+class CBAMSpatial(PlaneGate):
     """The spatial half of CBAM: one gate per position from the mean and maximum over channels.
 
     With x `[..., h, w, c]` and k the window::
@@ -173,18 +173,10 @@ class CBAMSpatial(nn.Module):
         param_dtype: type of the parameters.
     """
 
-    kernel_size: int = 7
     pool_order: str = 'max_mean'
-    conv_bias: bool = False
-    conv_norm: bool = True
-    norm_momentum: float = 0.99
-    norm_eps: float = 1e-5
-    norm_scale_init: float = 0.0
     mode: str = 'full'
     dtype: Dtype = None
-    param_dtype: Dtype = jnp.float32
 
-    @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Gates the positions of x `[..., h, w, c]`; a single one is refused in training."""
         checks.feature_map(x)
@@ -197,9 +189,7 @@ class CBAMSpatial(nn.Module):
             z = 0.5 * (top + mean)[..., None]
         else:
             z = jnp.stack([top, mean] if self.pool_order == 'max_mean' else [mean, top], -1)
-        plane = PlaneGate(**shared_fields(self, PlaneGate))
-        nn.share_scope(self, plane)  # its `conv` and `norm` are ours
-        g = plane(z, train=train)
+        g = super().__call__(z, train=train)
         sow_map(self, lambda: g[..., 0])
         return rescale(x, g)
 

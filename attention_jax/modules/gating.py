@@ -60,14 +60,7 @@ def rescale(x: jax.Array, g: jax.Array) -> jax.Array:
 class PlaneGate(nn.Module):
     """The spatial gate of CBAM and Triplet: `sigmoid(norm(conv(z)))` on a plane, `[..., a, b, 1]`.
 
-    Attributes:
-        kernel_size: side of the square window, odd.
-        conv_bias: adds a bias to the convolution.
-        conv_norm: batch normalisation of the one channel after it.
-        norm_momentum: of that norm, in Flax's sense.
-        norm_eps: of that norm.
-        norm_scale_init: initial scale of that norm.
-        param_dtype: type of the parameters.
+    Its fields are those of `CBAMSpatial`.
     """
 
     kernel_size: int = 7
