@@ -14,9 +14,9 @@ def choice(name: str, value: Any, allowed: Collection[Any]) -> None:
         raise ValueError(f'{name} {value!r} is unknown: use one of {listing}')
 
 
-def at_least(name: str, value: int | float, minimum: int | float) -> None:
-    """Raises a ValueError unless `value >= minimum`."""
-    if not value >= minimum:
+def at_least(name: str, value: int | float | None, minimum: int | float) -> None:
+    """Raises a ValueError unless `value >= minimum`; None is an argument that was not given."""
+    if value is not None and not value >= minimum:
         raise ValueError(f'{name} must be at least {minimum}, got {value}')
 
 

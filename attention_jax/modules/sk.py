@@ -1,7 +1,11 @@
 """Selective kernels."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 from jax.nn import initializers
 
@@ -10,47 +14,14 @@ from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.gating import ACTIVATIONS
 from attention_jax.modules.layers import BatchNorm, Conv, Dense
 from attention_jax.modules.maps import sow_map
-from attention_jax.modules.registry import TorchName, TorchNames, register_attention
+from attention_jax.modules.registry import (
+    ForeignName,
+    TorchName,
+    TorchNames,
+    pointwise,
+    register_attention,
+)
 from attention_jax.modules.widths import hidden_width
-
-_LINEAR_SQUEEZE = {
-    'dilated': False,
-    'use_bias': True,
-    'squeeze_normalization': None,
-    'squeeze_activation': 'identity',
-    'squeeze_bias': True,
-    'select_bias': True,
-}
-
-
-def _torch_names(module: 'SelectiveKernel') -> TorchNames:
-    """Names in timm, and in PyTorch copies with a layer of their own for each branch."""
-
-    def branches(theirs: str, conv: str, norm: str) -> dict[str, TorchName]:
-        return {
-            f'{theirs}.{{m}}.{conv}.*': 'branch_{m}/conv/*',
-            f'{theirs}.{{m}}.{norm}.*': 'branch_{m}/norm/*',
-        }
-
-    numbers = range(len(module.kernel_sizes))
-    separate: dict[str | tuple[str, ...], TorchName] = {
-        tuple(f'fcs.{m}.weight' for m in numbers): ('select/kernel', 'm o i 1 1 -> i (m o)'),
-        tuple(f'fcs.{m}.bias' for m in numbers): ('select/bias', 'm o -> (m o)'),
-    }
-    if module.squeeze_normalization is None:
-        separate['fc.*'] = ('reduce/*', 'o i 1 1 -> i o')
-    else:
-        separate |= {'fc.0.*': ('reduce/*', 'o i 1 1 -> i o'), 'fc.1.*': 'reduce_norm/*'}
-    return {
-        'timm': {
-            **branches('paths', 'conv', 'bn'),
-            'attn.fc_reduce.*': ('reduce/*', 'o i 1 1 -> i o'),
-            'attn.bn.*': 'reduce_norm/*',
-            'attn.fc_select.*': ('select/*', 'o i 1 1 -> i o'),
-        },
-        'pytorch': {**branches('convs', '0', '1'), **separate},
-        'article': {**branches('convs', 'conv', 'bn'), **separate},
-    }
 
 
 class SelectiveKernel(nn.Module):
@@ -117,20 +88,10 @@ class SelectiveKernel(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Convolves x with every window and weighs the results.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: uses the batch's statistics in the norms.
-
-        Returns:
-            `[..., h', w', o]`, `h' = ceil(h / strides)`.
+        """Convolves x `[..., h, w, c]` and weighs the results; `train` is for the norms.
 
         Raises:
-            ValueError: fewer than two branches, an even window, a dilated window of 1, channels or
-                features that the groups do not divide, channels that the branches do not divide
-                with `split_input`, a number below its least, an unknown name, or one example in
-                training (the squeeze's norm has one value per channel).
+            ValueError: one example in training, where the norm of z has one value per channel.
         """
         self._check(x)
         act = ACTIVATIONS[self.squeeze_activation]
@@ -144,27 +105,34 @@ class SelectiveKernel(nn.Module):
             guard=True,
         )
         x = x.astype(self.dtype or x.dtype)
+        conv = functools.partial(
+            Conv,
+            o,
+            strides=self.strides,
+            groups=self.groups,
+            use_bias=self.use_bias,
+            kernel_init=initializers.variance_scaling(2.0, 'fan_in', 'normal'),
+            param_dtype=self.param_dtype,
+        )
+        norm = functools.partial(BatchNorm, param_dtype=self.param_dtype)
+        dense = functools.partial(
+            Dense, kernel_init=initializers.normal(0.01), param_dtype=self.param_dtype
+        )
 
-        inputs = jnp.split(x, m, axis=-1) if self.split_input else [x] * m
-        branches = [
-            _Branch(
-                features=o,
-                kernel_size=3 if self.dilated else k,
-                strides=self.strides,
-                dilation=self.dilation * ((k - 1) // 2 if self.dilated else 1),
-                groups=self.groups,
-                use_bias=self.use_bias,
-                param_dtype=self.param_dtype,
-                name=f'branch_{i}',
-            )(part, train=train)
-            for i, (k, part) in enumerate(zip(self.kernel_sizes, inputs, strict=True))
-        ]
+        inputs, branches = jnp.split(x, m, axis=-1) if self.split_input else [x] * m, []
+        for i, (k, part) in enumerate(zip(self.kernel_sizes, inputs, strict=True)):
+            window, spread = (3, (k - 1) // 2) if self.dilated else (k, 1)
+            conv_k = functools.partial(
+                conv, kernel_size=(window, window), dilation=self.dilation * spread
+            )
+            branches.append(_Branch(conv_k, norm, name=f'branch_{i}')(part, train=train))
         s = functional.branch_mean(branches)
-        z = self._dense(r, use_bias=self.squeeze_bias, name='reduce')(s)
+        z = dense(r, use_bias=self.squeeze_bias, name='reduce')(s)
         if self.squeeze_normalization == 'batch':
-            z = BatchNorm(param_dtype=self.param_dtype, name='reduce_norm')(z, train=train)
-        logits = self._dense(m * o, use_bias=self.select_bias, name='select')(act(z))
-        out, weights = functional.branch_softmax(branches, logits.reshape(*s.shape[:-1], m, o))
+            z = norm(name='reduce_norm')(z, train=train)
+        logits = dense(m * o, use_bias=self.select_bias, name='select')(act(z))
+        logits = rearrange(logits, '... (m o) -> ... m o', m=m)
+        out, weights = functional.branch_softmax(branches, logits)
         sow_map(self, lambda: weights)
         return out
 
@@ -172,10 +140,8 @@ class SelectiveKernel(nn.Module):
         checks.feature_map(x)
         checks.choice('squeeze_normalization', self.squeeze_normalization, (None, 'batch'))
         checks.choice('squeeze_activation', self.squeeze_activation, ACTIVATIONS)
-        for name in ('strides', 'dilation', 'groups', 'min_hidden'):
+        for name in ('features', 'strides', 'dilation', 'groups', 'min_hidden'):
             checks.at_least(name, getattr(self, name), 1)
-        if self.features is not None:
-            checks.at_least('features', self.features, 1)
         m, c = len(self.kernel_sizes), x.shape[-1]
         if m < 2:
             raise ValueError(
@@ -187,20 +153,59 @@ class SelectiveKernel(nn.Module):
                 raise ValueError('kernel_sizes 1 cannot be a dilated 3x3: use dilated=False')
         if self.split_input and c % m:
             raise ValueError(f'split_input needs channels that {m} branches divide, got {c}')
-        checks.divides(
-            'groups', self.groups, 'the input channels', c // m if self.split_input else c
-        )
+        inputs = c // m if self.split_input else c
+        checks.divides('groups', self.groups, 'the input channels', inputs)
         checks.divides('groups', self.groups, 'the features', self.features or c)
 
-    def _dense(self, features: int, *, use_bias: bool, name: str) -> Dense:
-        return Dense(
-            features,
-            use_bias=use_bias,
-            kernel_init=initializers.normal(0.01),
-            param_dtype=self.param_dtype,
-            name=name,
-        )
 
+class _Branch(nn.Module):
+    """`relu(norm(conv(x)))`; the layers come with all but their names."""
+
+    conv: Callable[..., Conv]
+    norm: Callable[..., BatchNorm]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        return jax.nn.relu(self.norm(name='norm')(self.conv(name='conv')(x), train=train))
+
+
+def _torch_names(module: SelectiveKernel) -> TorchNames:
+    """Names in timm, and in PyTorch copies with a layer of their own for each branch."""
+
+    def branches(theirs: str, conv: str, norm: str) -> dict[ForeignName, TorchName]:
+        return {
+            f'{theirs}.{{m}}.{conv}.*': 'branch_{m}/conv/*',
+            f'{theirs}.{{m}}.{norm}.*': 'branch_{m}/norm/*',
+        }
+
+    numbers = range(len(module.kernel_sizes))
+    separate: dict[ForeignName, TorchName] = {
+        tuple(f'fcs.{m}.weight' for m in numbers): ('select/kernel', 'm o i 1 1 -> i (m o)'),
+        tuple(f'fcs.{m}.bias' for m in numbers): ('select/bias', 'm o -> (m o)'),
+    }
+    if module.squeeze_normalization is None:
+        separate |= pointwise({'fc': 'reduce'})
+    else:
+        separate |= {**pointwise({'fc.0': 'reduce'}), 'fc.1.*': 'reduce_norm/*'}
+    return {
+        'timm': {
+            **branches('paths', 'conv', 'bn'),
+            **pointwise({'attn.fc_reduce': 'reduce', 'attn.fc_select': 'select'}),
+            'attn.bn.*': 'reduce_norm/*',
+        },
+        'pytorch': {**branches('convs', '0', '1'), **separate},
+        'article': {**branches('convs', 'conv', 'bn'), **separate},
+    }
+
+
+_LINEAR_SQUEEZE = {
+    'dilated': False,
+    'use_bias': True,
+    'squeeze_normalization': None,
+    'squeeze_activation': 'identity',
+    'squeeze_bias': True,
+    'select_bias': True,
+}
 
 register_attention(
     'sk',
@@ -229,31 +234,3 @@ register_attention(
     },
     torch_names=_torch_names,
 )
-
-
-class _Branch(nn.Module):
-    """Convolution, norm, ReLU."""
-
-    features: int
-    kernel_size: int
-    strides: int
-    dilation: int
-    groups: int
-    use_bias: bool
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = Conv(
-            self.features,
-            (self.kernel_size, self.kernel_size),
-            strides=self.strides,
-            dilation=self.dilation,
-            groups=self.groups,
-            use_bias=self.use_bias,
-            kernel_init=initializers.variance_scaling(2.0, 'fan_in', 'normal'),
-            param_dtype=self.param_dtype,
-            name='conv',
-        )(x)
-        y = BatchNorm(param_dtype=self.param_dtype, name='norm')(y, train=train)
-        return jax.nn.relu(y)

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange, reduce
 from flax import linen as nn
 
 from attention_jax import checks, functional
@@ -78,19 +79,10 @@ class SplitAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Convolves x and weighs the splits.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: uses the batch's statistics in the norms.
-
-        Returns:
-            `[..., h', w', o]`, the size of an ordinary convolution.
+        """Convolves x `[..., h, w, c]` and weighs the splits; `train` is for the norms.
 
         Raises:
-            ValueError: a number below its least, channels, features or a hidden width that the
-                groups do not divide, an even window without padding, or one example in training
-                (its norm of means has one value per channel).
+            ValueError: one example in training, where norm1 has one value per channel.
         """
         self._check(x)
         o, radix, groups = self.features or x.shape[-1], self.radix, self.groups
@@ -104,7 +96,11 @@ class SplitAttention(nn.Module):
         )
         checks.divides('groups', groups, 'the hidden width', r)
         conv = functools.partial(Conv, kernel_init=kaiming_fan_out, param_dtype=self.param_dtype)
-        norm = functools.partial(self._norm, train=train)
+
+        def norm(y: jax.Array, name: str) -> jax.Array:
+            if self.normalization is None:
+                return y
+            return BatchNorm(param_dtype=self.param_dtype, name=name)(y, train=train)
 
         y = conv(
             radix * o,
@@ -116,14 +112,13 @@ class SplitAttention(nn.Module):
             use_bias=self.use_bias,
             name='conv',
         )(x.astype(self.dtype or x.dtype))
-        y = jax.nn.relu(norm(y, name='norm0'))
+        y = jax.nn.relu(norm(y, 'norm0'))
         splits = jnp.split(y, radix, axis=-1)
         # Of all splits at once: a TPU would write them out before it takes the mean of each.
-        s = functional.spatial_mean(y).reshape(*x.shape[:-3], radix, o).sum(-2)[..., None, None, :]
-        z = jax.nn.relu(norm(conv(r, (1, 1), groups=groups, name='fc1')(s), name='norm1'))
+        s = reduce(functional.spatial_mean(y), '... (s o) -> ... 1 1 o', 'sum', s=radix)
+        z = jax.nn.relu(norm(conv(r, (1, 1), groups=groups, name='fc1')(s), 'norm1'))
         logits = conv(radix * o, (1, 1), groups=groups, name='fc2')(z)
-        logits = logits.reshape(*x.shape[:-3], groups, radix, o // groups)
-        logits = logits.swapaxes(-3, -2).reshape(*x.shape[:-3], radix, o)
+        logits = rearrange(logits, '... 1 1 (k s o) -> ... s (k o)', k=groups, s=radix)
         if radix == 1:
             weights = jax.nn.sigmoid(logits)
             out = rescale(splits[0], weights[..., 0, :])
@@ -135,14 +130,12 @@ class SplitAttention(nn.Module):
     def _check(self, x: jax.Array) -> None:
         checks.feature_map(x)
         checks.choice('normalization', self.normalization, (None, 'batch'))
+        checks.at_least('features', self.features, 1)
         for name in ('kernel_size', 'strides', 'dilation', 'groups', 'radix', 'min_hidden'):
             checks.at_least(name, getattr(self, name), 1)
-        if self.features is not None:
-            checks.at_least('features', self.features, 1)
+        checks.at_least('padding', self.padding, 0)
         if self.padding is None:
             checks.odd('kernel_size', self.kernel_size)
-        else:
-            checks.at_least('padding', self.padding, 0)
         parts = self.groups * self.radix
         if x.shape[-1] % parts:
             raise ValueError(
@@ -150,11 +143,6 @@ class SplitAttention(nn.Module):
                 f'channels {x.shape[-1]}'
             )
         checks.divides('groups', self.groups, 'the features', self.features or x.shape[-1])
-
-    def _norm(self, x: jax.Array, *, name: str, train: bool) -> jax.Array:
-        if self.normalization is None:
-            return x
-        return BatchNorm(param_dtype=self.param_dtype, name=name)(x, train=train)
 
 
 register_attention(
@@ -182,6 +170,6 @@ register_attention(
             'fc1.*': 'fc1/*',
             'bn1.*': 'norm1/*',
             'fc2.*': 'fc2/*',
-        },
+        }
     },
 )
