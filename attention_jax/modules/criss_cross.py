@@ -85,7 +85,7 @@ class CrissCrossAttention(nn.Module):
     def _map(self, query: jax.Array, key: jax.Array) -> jax.Array:
         weights = functional.criss_cross_weights(query, key, spatial_dims=self.spatial_dims)
         every = flatten_positions(weights, self.spatial_dims)
-        rows = wanted_queries(every)
+        rows = wanted_queries(self, every)
         return weights if rows is every else rows
 
 

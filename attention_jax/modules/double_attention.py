@@ -118,7 +118,7 @@ class DoubleAttention(nn.Module):
             return contract(f'...{axes}k,...km->...{axes}m', v, g).astype(f.dtype)
 
         def pair_map() -> jax.Array:
-            wanted = wanted_queries(rows(distribute))
+            wanted = wanted_queries(self, rows(distribute))
             return contract('...ik,...jk->...ij', wanted, rows(gather), count=None)
 
         sow_map(self, pair_map, 'pair_map')

@@ -1,37 +1,31 @@
-"""Attention maps: which are stored, and which rows of them."""
+"""Attention maps: which are stored, and which rows of them.
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator, Sequence
+A mechanism between positions has a map of n queries, often too large to hold. Which of its rows are
+wanted is an input of the program like any other: the collection `attention_queries` may hold int32
+`positions` at the path of the mechanism. `attention_jax.attention_maps` fills it.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-_queries: contextvars.ContextVar[tuple[int, ...] | None] = contextvars.ContextVar(
-    'queries', default=None
-)
+MAPS = 'attention_maps'
+QUERIES = 'attention_queries'
 
 
-@contextlib.contextmanager
-def map_queries(positions: Sequence[int] | None) -> Iterator[None]:
-    """Within it, maps over pairs of positions hold only the rows of these query positions."""
-    token = _queries.set(None if positions is None else tuple(int(p) for p in positions))
-    try:
-        yield
-    finally:
-        _queries.reset(token)
+def wanted_queries(module: nn.Module, query: jax.Array) -> jax.Array:
+    """The rows of query `[..., n, d]` that a map of this module is asked for, all by default.
 
-
-def wanted_queries(query: jax.Array) -> jax.Array:
-    """The rows of query `[..., n, d]` that a map was asked for: all, or those of `map_queries`."""
-    positions = _queries.get()
-    if positions is None:
+    Where the collection `attention_queries` is mutable, the module leaves all its positions there
+    `[n]`: so one learns which paths take queries, and how many there are.
+    """
+    if module.is_mutable_collection(QUERIES):
+        module.put_variable(QUERIES, 'positions', jnp.arange(query.shape[-2]))
         return query
-    n = query.shape[-2]
-    if not all(0 <= p < n for p in positions):
-        raise ValueError(f'queries must be positions from 0 to {n - 1}, got {positions}')
-    return jnp.take(query, jnp.asarray(positions), axis=-2)
+    positions = module.get_variable(QUERIES, 'positions')
+    return query if positions is None else jnp.take(query, positions, axis=-2)
 
 
 def sow_map(module: nn.Module, compute: Callable[[], jax.Array], name: str = 'map') -> None:
@@ -40,7 +34,5 @@ def sow_map(module: nn.Module, compute: Callable[[], jax.Array], name: str = 'ma
     Training pays nothing: `compute` is called only when the collection is mutable, and never while
     the module is being initialised (when every collection is mutable).
     """
-    if module.is_mutable_collection('attention_maps') and not module.is_initializing():
-        module.sow(
-            'attention_maps', name, compute(), init_fn=lambda: None, reduce_fn=lambda _, new: new
-        )
+    if module.is_mutable_collection(MAPS) and not module.is_initializing():
+        module.sow(MAPS, name, compute(), init_fn=lambda: None, reduce_fn=lambda _, new: new)

@@ -197,7 +197,7 @@ class NonLocal(nn.Module):
             a, b = weight(query, key)
 
             def weights() -> jax.Array:
-                sums = wanted_queries(a[..., None]) + b[..., None, :]
+                sums = wanted_queries(self, a[..., None]) + b[..., None, :]
                 return (jax.nn.relu(sums) / b.shape[-1]).astype(x.dtype)
 
             sow_map(self, weights)
@@ -206,7 +206,9 @@ class NonLocal(nn.Module):
         if self.mode != 'dot_product':
             scale = None if self.mode == 'gaussian' else self.scale
             options = {'weighting': 'softmax', 'scale': logit_scale(scale, x.shape[-1], d)}
-        sow_map(self, lambda: functional.attention_weights(wanted_queries(query), key, **options))
+        sow_map(
+            self, lambda: functional.attention_weights(wanted_queries(self, query), key, **options)
+        )
         return functional.attend(query, key, value, chunk_size=self.chunk_size, **options)
 
     def _check(self, x: jax.Array) -> None:

@@ -31,7 +31,7 @@ def attend_positions(
         checks.at_least('chunk_size', chunk_size, 1)
     sow_map(
         module,
-        lambda: functional.attention_weights(wanted_queries(query), key, **options),
+        lambda: functional.attention_weights(wanted_queries(module, query), key, **options),
         name,
     )
     return functional.attend(query, key, value, chunk_size=chunk_size, **options)

@@ -176,13 +176,14 @@ class _Level(nn.Module):
         """The weights of every set, or of the sets that hold the queries asked for."""
         h, w = shape[-3:-1]
         n = h * w
-        asked = wanted_queries(jnp.arange(n)[:, None])[:, 0]
-        if len(asked) == n:
+        every = jnp.arange(n)[:, None]
+        asked = wanted_queries(self, every)
+        if asked is every:
             return functional.attention_weights(query, key)
         axes = {'r1': self.scale, 'r2': self.scale, 'im': self.images}
         cells = rearrange(jnp.arange(n).reshape(h, w, 1), _CUT, **axes)
         # Where each position of the map went: its place among all the sets, one after another.
-        place = jnp.argsort(cells.reshape(-1))[asked]
+        place = jnp.argsort(cells.reshape(-1))[asked[:, 0]]
         m = query.shape[-2]
         rows, sets = (
             rearrange(y, f'... r1 r2 m f -> ... {to}')

@@ -228,7 +228,7 @@ class QKVAttention(nn.Module):
         def weights() -> jax.Array:
             # P I = P, and never all pairs of features at once.
             every = jnp.eye(key.shape[-2], dtype=dtype)
-            rows = wanted_queries(query)
+            rows = wanted_queries(self, query)
             return functional.additive_attend(rows, key, every, weight, **options).astype(dtype)
 
         sow_map(self, weights)
