@@ -27,12 +27,12 @@ from flax import linen as nn
 from flax import traverse_util
 
 from attention_jax import checks
-from attention_jax.analysis import mechanism_table
 from attention_jax.modules.registry import attention_entry, create_attention, list_attention
 
 SHAPES = ((8, 56, 56, 64), (8, 28, 28, 256))
 FORMS = pathlib.Path(__file__).resolve().parents[2] / 'benchmarks' / 'torch_forms.py'
 
+_TIMED = ('forward', 'forward_backward')  # what is timed of each side
 # Largest difference from PyTorch, relative, in the Euclidean norm, that counts as equal.
 _TOLERANCE = {'float32': 1e-3, 'bfloat16': 0.1}
 # Cores that others may use meanwhile. PyTorch's threads wait for each other actively: where one of
@@ -91,9 +91,10 @@ def measure(
         if not names:
             names = list_attention()
             names = forms.names(names) if forms else names
+        layout = {'threads': threads, 'channels_last': channels_last}
         for name in names:
             for shape in shapes:
-                yield _row(name, tuple(shape), forms, repeats, dtype, threads, channels_last)
+                yield _row(name, tuple(shape), forms, repeats, dtype, layout)
 
 
 def variant(name: str) -> tuple[str, dict[str, Any]]:
@@ -157,68 +158,47 @@ def _row(
     forms: Any | None,
     repeats: int,
     dtype: str,
-    threads: int | None,
-    channels_last: bool,
+    layout: Mapping[str, Any],
 ) -> dict[str, Any]:
     mechanism, chosen = variant(name)
-    _, needed = mechanism_table.example(mechanism, shape)
-    if getattr(attention_entry(mechanism).cls, 'dropout_rate', 0.0):
+    entry = attention_entry(mechanism)
+    needed = dict(entry.example(shape))
+    if getattr(entry.cls, 'dropout_rate', 0.0):  # the field's default
         needed['dropout_rate'] = 0.0
-    module = create_attention(mechanism, **{**chosen, **needed})
-    row = {'name': name, 'shape': list(shape), 'dtype': dtype, 'arguments': {**chosen, **needed}}
-    blank = {'ours': None, 'torch': None, 'ratio': None, 'others': None, 'note': ''}
-    xs = tuple(_example(f'x{i}', shape) for i in range(mechanism_table.inputs(module)))
+    arguments = {**chosen, **needed}
+    row = {'name': name, 'shape': list(shape), 'dtype': dtype, 'arguments': arguments}
+    row |= {'ours': None, 'torch': None, 'ratio': None, 'others': None, 'note': ''}
+    module = create_attention(mechanism, **arguments)
+    xs = tuple(_example(f'x{i}', shape) for i in range(entry.maps))
     try:
         variables = _random_variables(module, xs)
     except ValueError as error:  # what the mechanism says of this shape
-        return {**row, **blank, 'note': str(error)}
+        return {**row, 'note': str(error)}
 
     ours = _Ours(module, variables, [jnp.asarray(x, dtype) for x in xs])
-    torch, notes = None, []
+    sides, facts, notes = {'ours': ours}, {'ours': {'compile_seconds': ours.compile_seconds}}, []
     if forms:
-        torch = forms.create(
-            name,
-            variables,
-            xs,
-            [np.asarray(g, np.float32) for g in ours.cotangents],
-            needed,
-            dtype=dtype,
-            channels_last=channels_last,
-            threads=threads,
-        )
-    sides = {'ours': ours}
-    difference = None
-    if torch:
-        sides['torch'] = torch
-        difference = _difference(ours.values(), torch.values())
-        if not difference <= _TOLERANCE[dtype]:
-            notes.append(f'differs from PyTorch by {difference:.1e}')
-    clock = _Clock()
-    times = _alternate(
-        {
-            (side, what): getattr(program, what)
-            for what in ('forward', 'forward_backward')
-            for side, program in sides.items()
-        },
-        repeats,
-    )
-    others = clock.others()
-    if others is not None and others > _OTHERS:
-        notes.append(f'other processes used {others:.1f} cores')
-    found = {
-        side: {what: times[side, what] for what in ('forward', 'forward_backward')}
-        for side in sides
-    }
-    found['ours']['compile_seconds'] = ours.compile_seconds
-    ratio = None
-    if torch:
-        found['torch'] |= {'source': torch.source, 'difference': difference}
-        if not notes:
-            ratio = {
-                what: times['ours', what]['median'] / times['torch', what]['median']
-                for what in ('forward', 'forward_backward')
-            }
-    return {**row, **blank, **found, 'ratio': ratio, 'others': others, 'note': '; '.join(notes)}
+        cotangents = [np.asarray(g, np.float32) for g in ours.cotangents]
+        torch = forms.create(name, variables, xs, cotangents, needed, dtype=dtype, **layout)
+        if torch:
+            difference = _difference(ours.values(), torch.values())
+            if not difference <= _TOLERANCE[dtype]:
+                notes.append(f'differs from PyTorch by {difference:.1e}')
+            sides['torch'] = torch
+            facts['torch'] = {'source': torch.source, 'difference': difference}
+    others_kept_busy = _watch()
+    calls = {(side, what): getattr(sides[side], what) for what in _TIMED for side in sides}
+    times = _alternate(calls, repeats)
+    row['others'] = others_kept_busy()
+    if row['others'] is not None and row['others'] > _OTHERS:
+        notes.append(f'other processes used {row["others"]:.1f} cores')
+    for side in sides:
+        row[side] = {what: times[side, what] for what in _TIMED} | facts[side]
+    if 'torch' in sides and not notes:
+        row['ratio'] = {
+            what: row['ours'][what]['median'] / row['torch'][what]['median'] for what in _TIMED
+        }
+    return {**row, 'note': '; '.join(notes)}
 
 
 class _Ours:
@@ -242,8 +222,7 @@ class _Ours:
             return out, changed, pullback(cotangent)
 
         xs = tuple(xs)
-        shapes = jax.eval_shape(forward, params, rest, xs)
-        leaves, structure = jax.tree.flatten(shapes)
+        leaves, structure = jax.tree.flatten(jax.eval_shape(forward, params, rest, xs))
         self.cotangents = [
             jnp.asarray(_array(f'g{i}', leaf.shape), leaf.dtype) for i, leaf in enumerate(leaves)
         ]
@@ -358,19 +337,18 @@ def _has_affinity() -> bool:
     return hasattr(os, 'sched_setaffinity')
 
 
-class _Clock:
-    """Watches what other processes do while this one measures."""
+def _watch() -> Callable[[], float | None]:
+    """A function that says how many cores other processes kept busy since now, on average."""
+    started, busy, own = time.perf_counter(), _busy(), time.process_time()
 
-    def __init__(self) -> None:
-        self.started, self.busy, self.own = time.perf_counter(), _busy(), time.process_time()
-
-    def others(self) -> float | None:
-        """Number of cores that others kept busy since the start, on average."""
-        if self.busy is None:
+    def others() -> float | None:
+        if busy is None:
             return None
-        others = _busy() - self.busy - (time.process_time() - self.own)
+        seconds = _busy() - busy - (time.process_time() - own)
         # The kernel counts in hundredths of a second.
-        return round(max(others - 0.02, 0) / (time.perf_counter() - self.started), 2)
+        return round(max(seconds - 0.02, 0) / (time.perf_counter() - started), 2)
+
+    return others
 
 
 def _busy() -> float | None:

@@ -5,11 +5,9 @@ from programs compiled for a TPU, which takes minutes and libtpu: they are measu
 else kept as the README has them.
 """
 
-import inspect
-import math
 import pathlib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,17 +22,16 @@ PASSES_SHAPE = (128, 56, 56, 256)  # of what is compiled for a TPU, bfloat16
 PLACE = 'mechanisms'  # of the table in its file
 NOT_MEASURED = '- (not measured)'
 
-_COLUMNS = (
-    'name',
-    'paper',
-    'parameters',
-    'MACs',
-    'memory (MB)',
-    'complexity',
-    'passes',
-    'file',
-)
-_ALIGNMENT = ('---', '---', '---:', '---:', '---:', '---', '---', '---')
+_COLUMNS = {
+    'name': '---',
+    'paper': '---',
+    'parameters': '---:',
+    'MACs': '---:',
+    'memory (MB)': '---:',
+    'complexity': '---',
+    'passes': '---',
+    'file': '---',
+}
 
 _LEGEND = """\
 Default arguments, or those beside the name. Parameters, multiply-accumulates and memory are of a
@@ -60,33 +57,26 @@ def table(
         progress: is told each name before its row is computed.
 
     Returns:
-        The table with its legend, between the two lines that mark it.
+        See `markdown.table`.
 
     Raises:
         ValueError: a name is not registered.
     """
-    rows = []
-    for name in list_attention() if names is None else names:
-        progress(name)
-        cells = row(name)
-        memory = f'{peak_memory(name) / 1e6:.1f}'
-        rows.append(
-            [*cells[:4], memory, cells[4], (passes or {}).get(name, NOT_MEASURED), cells[5]]
-        )
-    return markdown.table(PLACE, (_COLUMNS, _ALIGNMENT, *rows), _LEGEND)
+
+    def rows() -> Iterator[list[str]]:
+        for name in list_attention() if names is None else names:
+            progress(name)
+            *counted, complexity, file = row(name)
+            memory = f'{peak_memory(name) / 1e6:.1f}'
+            yield [*counted, memory, complexity, (passes or {}).get(name, NOT_MEASURED), file]
+
+    return markdown.table(PLACE, _COLUMNS, rows(), _LEGEND)
 
 
 def row(name: str) -> list[str]:
-    """The cells of a mechanism that need no compiler.
-
-    Args:
-        name: registry name.
-
-    Returns:
-        Name, paper, parameters, MACs, complexity, file.
-    """
+    """The cells that need no compiler: name, paper, parameters, MACs, complexity, file."""
     entry, module, arguments = attention_entry(name), *example(name, SHAPE)
-    counts = tables.costs(module, *[SHAPE] * inputs(module))
+    counts = tables.costs(module, *[SHAPE] * entry.maps)
     given = ', '.join(f'{key}={value}' for key, value in arguments.items())
     title = f'[{entry.paper}](https://arxiv.org/abs/{entry.arxiv})' if entry.arxiv else entry.paper
     path = entry.cls.__module__.replace('.', '/') + '.py'
@@ -101,54 +91,26 @@ def row(name: str) -> list[str]:
 
 
 def peak_memory(name: str) -> int:
-    """Bytes of temporaries of a mechanism's forward and gradient, compiled for a CPU.
-
-    Args:
-        name: registry name; its input is `SHAPE` in float32, its mode evaluation.
-    """
+    """Bytes of temporaries of forward and gradient in evaluation, at `SHAPE`, as a CPU has them."""
     module, _ = example(name, SHAPE)
-    xs = (jax.ShapeDtypeStruct(SHAPE, jnp.float32),) * inputs(module)
-    variables = dict(jax.eval_shape(module.init, jax.random.key(0), *xs))
-    params = variables.pop('params', {})
-    out = jax.eval_shape(module.apply, {'params': params, **variables}, *xs)
+    xs = (jax.ShapeDtypeStruct(SHAPE, jnp.float32),) * attention_entry(name).maps
+    rest = dict(jax.eval_shape(module.init, jax.random.key(0), *xs))
+    params = rest.pop('params', {})
+    out = jax.eval_shape(module.apply, {'params': params, **rest}, *xs)
 
     def forward_and_gradient(params: Any, rest: Any, xs: Any, cotangent: Any) -> Any:
         run = lambda params, xs: module.apply({'params': params, **rest}, *xs)  # noqa: E731
         out, pullback = jax.vjp(run, params, xs)
         return out, pullback(cotangent)
 
-    program = jax.jit(forward_and_gradient).lower(params, variables, xs, out)
+    program = jax.jit(forward_and_gradient).lower(params, rest, xs, out)
     return program.compile().memory_analysis().temp_size_in_bytes
 
 
 def example(name: str, shape: Sequence[int]) -> tuple[nn.Module, dict[str, Any]]:
-    """Builds a mechanism that runs at a shape, as near to its defaults as it can be.
-
-    Args:
-        name: registry name.
-        shape: of its input, `[b, h, w, c]`.
-
-    Returns:
-        The module, and its arguments that are not the defaults.
-    """
-    side = math.gcd(*shape[-3:-1])
-    arguments: dict[str, Any] = {}
-    if name == 'danet_head':
-        arguments['num_classes'] = 21
-    if name == 'pyramid_self_attention':
-        arguments['images'] = 1  # the default is two pictures side by side
-        if side % 8:
-            arguments['scales'] = tuple(r for r in (1, 2, 4) if side % r == 0)
-    if name == 'downsampled_self_attention' and side % 8:
-        arguments['pool_size'] = math.gcd(side, 4)
+    """A mechanism for maps of a shape `[b, h, w, c]`, and its arguments beside the defaults."""
+    arguments = dict(attention_entry(name).example(shape))
     return create_attention(name, **arguments), arguments
-
-
-def inputs(module: nn.Module) -> int:
-    """Number of maps that a mechanism takes: x, and what it cannot be called without."""
-    parameters = inspect.signature(type(module).__call__).parameters.values()
-    needed = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
-    return len(needed) - 1  # without self
 
 
 # Passes.
@@ -168,9 +130,9 @@ def measure_passes(name: str, timeout: float | None = None) -> str:
     Raises:
         ValueError: libtpu is not installed.
     """
-    module, arguments = example(name, PASSES_SHAPE)
+    _, arguments = example(name, PASSES_SHAPE)
     job = {'name': name, 'shape': list(PASSES_SHAPE), 'arguments': arguments}
-    job['inputs'] = inputs(module)
+    job['inputs'] = attention_entry(name).maps
     try:
         reports = compiled.compile_modules([job, {**job, 'vjp': True}], timeout=timeout)
     except RuntimeError as error:
@@ -188,15 +150,8 @@ def _reason(error: str) -> str:
 
 
 def read_passes(text: str) -> dict[str, str]:
-    """Reads the column of passes of the table in a Markdown text.
-
-    Args:
-        text: with or without a table.
-
-    Returns:
-        Name -> cell, without the mechanisms that were not measured.
-    """
-    column = _COLUMNS.index('passes')
+    """The passes that the table in a Markdown text has: name -> cell, of what was measured."""
+    column = list(_COLUMNS).index('passes')
     found = {name: cells[column] for name, cells in markdown.read_rows(PLACE, text).items()}
     return {name: cell for name, cell in found.items() if cell != NOT_MEASURED}
 

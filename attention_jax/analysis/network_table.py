@@ -1,7 +1,7 @@
 """The table of networks in docs/networks.md: what each has and costs, and what others published."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from attention_jax.analysis import markdown, tables
 from attention_jax.models.published import PUBLISHED
@@ -10,8 +10,15 @@ from attention_jax.models.registry import create_model, list_models, model_entry
 PLACE = 'networks'  # of the table in its file
 FRAMES = 8  # of the video that a network of videos is counted with
 
-_COLUMNS = ('name', 'paper', 'parameters', 'MACs', 'matmul', 'input', 'published accuracy (%)')
-_ALIGNMENT = ('---', '---', '---:', '---:', '---:', '---', '---')
+_COLUMNS = {
+    'name': '---',
+    'paper': '---',
+    'parameters': '---:',
+    'MACs': '---:',
+    'matmul': '---:',
+    'input': '---',
+    'published accuracy (%)': '---',
+}
 
 _LEGEND = """\
 Parameters: trainable ones, for 1000 classes unless the input says otherwise. MACs:
@@ -32,32 +39,28 @@ def table(
         progress: is told each name before its row is computed.
 
     Returns:
-        The table with its legend, between the two lines that mark it.
+        See `markdown.table`.
 
     Raises:
         ValueError: a name is not registered.
     """
-    rows = []
-    for name in list_models() if names is None else names:
-        progress(name)
-        rows.append(row(name))
-    return markdown.table(PLACE, (_COLUMNS, _ALIGNMENT, *rows), _LEGEND)
+
+    def rows() -> Iterator[list[str]]:
+        for name in list_models() if names is None else names:
+            progress(name)
+            yield row(name)
+
+    return markdown.table(PLACE, _COLUMNS, rows(), _LEGEND)
 
 
 def row(name: str) -> list[str]:
-    """The cells of a network, in the order of the columns.
-
-    Args:
-        name: registry name.
-    """
+    """The cells of a network, in the order of the columns."""
     entry = model_entry(name)
-    network = create_model(name)
-    shape, size = (1, *entry.input_size, 3), 'x'.join(map(str, entry.input_size))
-    if getattr(network, 'spatial_dims', 2) == 3:
-        shape, size = (1, FRAMES, *entry.input_size, 3), f'{FRAMES}x{size}'
+    sides = (FRAMES,) * (entry.rank - 2) + tuple(entry.input_size)
+    size = 'x'.join(map(str, sides))
     if entry.num_classes != 1000:
         size += f' ({entry.num_classes} classes)'
-    counts = tables.costs(network, shape)
+    counts = tables.costs(create_model(name), (1, *sides, 3))
     claims = [f'{accuracy:.2f} ({whose})' for accuracy, whose in PUBLISHED.get(name, ())]
     return [
         f'`{name}`',

@@ -1,12 +1,10 @@
 """`attention-jax benchmark`: times of mechanisms, beside PyTorch's."""
 
 import argparse
-import json
-import os
 import pathlib
 from typing import Any
 
-from attention_jax.cli import printing
+from attention_jax import files
 
 
 def add(commands: Any) -> None:
@@ -48,7 +46,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _run(options: argparse.Namespace) -> None:
-    printing.check_folder(options.json)
+    files.check_folder('--json', options.json)
     from attention_jax.analysis import benchmark
 
     asked = {k: v for k, v in vars(options).items() if k not in ('run', 'json', 'names', 'shape')}
@@ -62,9 +60,7 @@ def _run(options: argparse.Namespace) -> None:
         report['rows'].append(row)
         print(_line(row), flush=True)
         if options.json:  # each time: a long run that is stopped leaves what it has
-            temporary = options.json.with_name(f'.{options.json.name}')
-            temporary.write_text(json.dumps(report, indent=2) + '\n')
-            os.replace(temporary, options.json)
+            files.write_json(options.json, report)
 
 
 _LINE = '{:30}  {:12}  {:>22}  {:>22}  {:>22}  {:>22}  {:>7}  {:>10}  {}'
@@ -84,10 +80,9 @@ def _environment_lines(machine: dict[str, Any], options: argparse.Namespace) -> 
 
 def _line(row: dict[str, Any]) -> str:
     cells = [row['name'], 'x'.join(map(str, row['shape']))]
-    for side in ('ours', 'torch'):
-        for what in ('forward', 'forward_backward'):
-            t = row[side] and row[side][what]
+    what = ('forward', 'forward_backward')
+    for times in (row['ours'], row['torch']):
+        for t in (times[w] if times else None for w in what):
             cells.append(f'{t["median"]:.3g} ({t["low"]:.3g}-{t["high"]:.3g})' if t else '-')
-    for what in ('forward', 'forward_backward'):
-        cells.append(f'{row["ratio"][what]:.2f}' if row['ratio'] else '-')
+    cells += [f'{row["ratio"][w]:.2f}' if row['ratio'] else '-' for w in what]
     return _LINE.format(*cells, row['note']).rstrip()

@@ -1,11 +1,11 @@
 """`attention-jax inspect`: what training needs on a device that is not there."""
 
 import argparse
-import json
 import pathlib
 import sys
 from typing import Any
 
+from attention_jax import files
 from attention_jax.cli import printing
 
 
@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    printing.check_folder(options.json)
+    files.check_folder('--json', options.json)
     from attention_jax.analysis import compiled, devices
 
     devices.parse_device(options.device)
@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> None:
     asked = {k: v for k, v in vars(options).items() if k not in ('run', 'json')}
     report = compiled.inspect(asked.pop('model'), **asked)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + '\n')
+        files.write_json(options.json, report)
     printing.tables(_rows(report))
 
 

@@ -1,6 +1,5 @@
 """How subcommands show what they found."""
 
-import pathlib
 import sys
 
 Row = tuple[str, str, str]  # what, how much, and what it means
@@ -42,9 +41,3 @@ def tables(named: dict[str, list[Row]]) -> None:
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
-
-
-def check_folder(path: pathlib.Path | None) -> None:
-    """Raises a ValueError if there is no folder for the file of `--json`."""
-    if path and not path.absolute().parent.is_dir():
-        raise ValueError(f'--json {path}: there is no folder {path.parent}')

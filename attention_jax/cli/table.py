@@ -39,41 +39,35 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.what == 'networks':
-        _network_table(options)
-        return
-    from attention_jax.analysis import markdown, mechanism_table
-
-    readme = pathlib.Path(__file__).resolve().parents[2] / 'README.md'
-    if options.write:
-        text = markdown.check_place(options.write, mechanism_table.PLACE)
-    else:
-        text = readme.read_text(encoding='utf-8') if readme.is_file() else ''
-    passes = mechanism_table.read_passes(text)
-    if options.passes is not None:
-        for name in mechanism_table.choose(options.passes):
-            _say(f'compiling {name} for v5e ...')
-            passes[name] = mechanism_table.measure_passes(name)
-            _say(f'  {passes[name]}')
-    table = mechanism_table.table(passes=passes, progress=lambda name: _say(f'counting {name} ...'))
-    if options.write:
-        markdown.update(options.write, mechanism_table.PLACE, table)
-    else:
-        print(table)
-
-
-def _network_table(options: argparse.Namespace) -> None:
-    if options.passes is not None:
+    if options.what == 'networks' and options.passes is not None:
         raise ValueError('--passes is for the table of mechanisms, not for that of networks')
-    from attention_jax.analysis import markdown, network_table
+    from attention_jax.analysis import markdown, mechanism_table, network_table
 
+    kind = {'mechanisms': mechanism_table, 'networks': network_table}[options.what]
+    text = markdown.check_place(options.write, kind.PLACE) if options.write else _readme()
+    more = {'passes': _passes(options.passes, text)} if kind is mechanism_table else {}
+    table = kind.table(progress=lambda name: _say(f'counting {name} ...'), **more)
     if options.write:
-        markdown.check_place(options.write, network_table.PLACE)
-    table = network_table.table(progress=lambda name: _say(f'counting {name} ...'))
-    if options.write:
-        markdown.update(options.write, network_table.PLACE, table)
+        markdown.update(options.write, kind.PLACE, table)
     else:
         print(table)
+
+
+def _readme() -> str:
+    path = pathlib.Path(__file__).resolve().parents[2] / 'README.md'
+    return path.read_text(encoding='utf-8') if path.is_file() else ''
+
+
+def _passes(names: list[str] | None, text: str) -> dict[str, str]:
+    """The passes in a text, those of `names` (none named: all) measured again."""
+    from attention_jax.analysis import mechanism_table
+
+    passes = mechanism_table.read_passes(text)
+    for name in () if names is None else mechanism_table.choose(names):
+        _say(f'compiling {name} for v5e ...')
+        passes[name] = mechanism_table.measure_passes(name)
+        _say(f'  {passes[name]}')
+    return passes
 
 
 def _say(line: str) -> None:

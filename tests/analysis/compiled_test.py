@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attention_jax.analysis import compiled, devices, mechanism_table, program
-from attention_jax.modules.registry import list_attention
+from attention_jax.modules.registry import attention_entry, list_attention
 from attention_jax.training import sharding
 
 needs_libtpu = pytest.mark.skipif(
@@ -275,7 +275,7 @@ def jobs_of(name):
     module, arguments = mechanism_table.example(name, shape)
     if name == 'isqrt_cov':
         arguments['hidden'] = 32  # its products of 256 take minutes to compile
-    job = {'name': name, 'shape': shape, 'inputs': mechanism_table.inputs(module)}
+    job = {'name': name, 'shape': shape, 'inputs': attention_entry(name).maps}
     forms = [{}, {'chunk_size': 64}] if hasattr(module, 'chunk_size') else [{}]
     return [
         {**job, 'arguments': {**arguments, **form}, 'vjp': vjp}

@@ -10,7 +10,7 @@ import pytest
 
 from attention_jax.analysis import benchmark, mechanism_table
 from attention_jax.interop.torch import from_state_dict, to_state_dict
-from attention_jax.modules.registry import list_attention
+from attention_jax.modules.registry import attention_entry, list_attention
 from tests import helpers
 
 torch = pytest.importorskip(
@@ -187,9 +187,9 @@ def test_plain_form(x64, name):
     """The authors' equations in PyTorch's layers: everything in float64."""
     if name not in forms.PLAIN:
         pytest.skip(f'benchmarks/torch_forms.py has no {name}')
-    module, arguments = mechanism_table.example(name, (4, 16, 8, CHANNELS))
+    _, arguments = mechanism_table.example(name, (4, 16, 8, CHANNELS))
     if name == 'danet_head':
         arguments['dropout_rate'] = 0.0
     theirs = forms.PLAIN[name](CHANNELS, **arguments).double()
-    inputs = mechanism_table.inputs(module)
-    compare(name, arguments, theirs, (4, CHANNELS, 16, 8), in_float64(name), inputs)
+    maps = attention_entry(name).maps
+    compare(name, arguments, theirs, (4, CHANNELS, 16, 8), in_float64(name), maps)
