@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from attention_jax.analysis import markdown, tables
-from attention_jax.models.published import PUBLISHED
 from attention_jax.models.registry import create_model, list_models, model_entry
 
 PLACE = 'networks'  # of the table in its file
@@ -61,7 +60,7 @@ def row(name: str) -> list[str]:
     if entry.num_classes != 1000:
         size += f' ({entry.num_classes} classes)'
     counts = tables.costs(create_model(name), (1, *sides, 3))
-    claims = [f'{accuracy:.2f} ({whose})' for accuracy, whose in PUBLISHED.get(name, ())]
+    claims = [f'{accuracy:.2f} ({whose})' for accuracy, whose in entry.published]
     return [
         f'`{name}`',
         re.sub(r'arXiv (\d+\.\d+)', r'[arXiv \1](https://arxiv.org/abs/\1)', entry.paper),

@@ -1,90 +1,89 @@
-"""A mechanism inside a network: as it is, or so that it starts as nothing; or around a block."""
+"""A mechanism at the places of a network: as it is, or so that it starts as nothing."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax.functional.dtypes import statistics_type
-from attention_jax.models.placement import Placement
-from attention_jax.modules.registry import starts_as_identity
+from attention_jax.models.placement import Sites
+from attention_jax.modules.registry import (
+    TorchNames,
+    attention_entry,
+    create_attention,
+    names_for,
+    starts_as_identity,
+)
 
 
-def attach(
-    parent: nn.Module,
-    build: Callable[..., nn.Module],
-    name: str,
-    x: jax.Array,
-    *,
-    train: bool,
-    identity_init: bool,
-) -> jax.Array:
-    """Applies a mechanism that keeps the shape of x, as a child of `parent`.
+@dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed as the object it is
+class Mechanism:
+    """What one part of a network, a block for instance, knows of the network's mechanism.
 
-    With F the mechanism and alpha `[1]` a parameter `NAME_alpha` of the parent that starts at 0,
-    `identity_init` gives `x + alpha (F(x) - x)`: a trained network that it is put into computes at
-    first what it did before. A mechanism that starts as the identity by itself is left alone.
+    `place in mechanism` says whether it stands at a place of this part.
 
-    Args:
-        parent: module whose compact method this is called from.
-        build: builds the mechanism, given its name.
-        name: of the mechanism's variables in the parent.
-        x: `[..., h, w, c]`.
-        train: passed on.
-        identity_init: starts as the identity.
-
-    Returns:
-        `[..., h, w, c]`.
+    Attributes:
+        attention: registry name; None only where there is no place.
+        common: arguments that it has in the whole network, `param_dtype` among them.
+        identity_init: it starts as the identity.
+        places: place in this part -> its arguments there, which win.
     """
-    module = build(name=name)
-    y = module(x, train=train)
-    if not identity_init or starts_as_identity(module):
-        return y
-    alpha = parent.param(f'{name}_alpha', initializers.zeros, (1,), parent.param_dtype)
-    wide = statistics_type(x.dtype)
-    start, change = x.astype(wide), y.astype(wide) - x.astype(wide)
-    return (start + alpha[0].astype(wide) * change).astype(x.dtype)
+
+    attention: str | None
+    common: Mapping[str, Any]
+    identity_init: bool
+    places: Mapping[str, Mapping[str, Any]]
+
+    def __contains__(self, place: str) -> bool:
+        """Whether it stands at a place of this part."""
+        return place in self.places
+
+    def build(self, place: str, **arguments: Any) -> nn.Module:
+        """Builds it as it stands at a place; `arguments` win."""
+        return create_attention(
+            self.attention, **{**self.common, **self.places[place], **arguments}
+        )
+
+    def at(
+        self,
+        place: str,
+        x: jax.Array,
+        *,
+        parent: nn.Module,
+        train: bool,
+        name: str = 'attention',
+    ) -> jax.Array:
+        """x, or what the mechanism makes of it if it stands at this place.
+
+        With F the mechanism and alpha `[1]` a parameter `NAME_alpha` of the parent that starts at
+        0, `identity_init` gives `x + alpha (F(x) - x)`: a trained network that it is put into
+        computes at first what it did before. A mechanism that starts as the identity by itself is
+        left alone.
+
+        Args:
+            place: one that keeps the shape of x.
+            x: `[..., h, w, c]`.
+            parent: module whose compact method this is called from.
+            train: passed on.
+            name: of the mechanism's variables in the parent.
+        """
+        if place not in self:
+            return x
+        module = self.build(place, name=name)
+        y = module(x, train=train)
+        if not self.identity_init or starts_as_identity(module):
+            return y
+        dtype = self.common['param_dtype']
+        alpha = parent.param(f'{name}_alpha', initializers.zeros, (1,), dtype)
+        wide = statistics_type(x.dtype)
+        start, change = x.astype(wide), y.astype(wide) - x.astype(wide)
+        return (start + alpha[0].astype(wide) * change).astype(x.dtype)
 
 
-def run_block(
-    parent: nn.Module,
-    block: Callable[..., nn.Module],
-    x: jax.Array,
-    stage: int,
-    index: int,
-    *,
-    placement: Placement | None,
-    build: Callable[..., nn.Module] | None,
-    train: bool,
-) -> jax.Array:
-    """Applies a block of a network, and the mechanisms that stand before and after it.
-
-    Args:
-        parent: network whose compact method this is called from; it has `identity_init`.
-        block: builds the block, given `name`, `attention` and `where`.
-        x: `[..., h, w, c]`.
-        stage: counted from 0.
-        index: of the block in the stage, counted from 0.
-        placement: of the mechanism, or None.
-        build: builds the mechanism, given its name.
-        train: passed on.
-
-    Returns:
-        `[..., h', w', c']`.
-    """
-    name = f'stage{stage + 1}_block{index}'
-    for where in ('before_block', None, 'after_block', 'stage'):
-        if where is None:
-            inside = placement and placement.inside(stage, index)
-            x = block(name=name, attention=build, where=inside)(x, train=train)
-        elif placement and placement.at(where, stage, index):
-            x = attach(
-                parent,
-                build,
-                f'{name}_{where}_attention',
-                x,
-                train=train,
-                identity_init=parent.identity_init,
-            )
-    return x
+def mechanism_names(attention: str, sites: Sites) -> TorchNames:
+    """The naming schemes of a mechanism's weights, as it is built at the last of its sites."""
+    arguments = [arguments for places in sites.values() for arguments in places.values()][-1]
+    return names_for(attention_entry(attention), create_attention(attention, **arguments))

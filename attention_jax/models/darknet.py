@@ -1,7 +1,7 @@
 """CSPDarknet53-tiny: the backbone of YOLOv4-tiny, and a small classifier."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +12,10 @@ from jax.nn import initializers
 from attention_jax import checks, functional
 from attention_jax.functional.dtypes import Dtype
 from attention_jax.models.registry import create_described, register_model
-from attention_jax.modules.initializers import Initializer, kaiming_fan_out, torch_kernel
+from attention_jax.modules.initializers import Initializer, kaiming_fan_out
 from attention_jax.modules.layers import BatchNorm, Conv, Dense
 from attention_jax.modules.registry import ForeignName, TorchName
+from attention_jax.modules.widths import round_to_multiple
 
 STRIDE = 32
 
@@ -69,42 +70,34 @@ class CSPDarknet(nn.Module):
     def __call__(
         self, x: jax.Array, *, train: bool = False, return_stages: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
-        """Classifies images.
+        """Logits `[b, num_classes]` of images, or pooled features `[b, c]` without a head.
 
         Args:
             x: `[b, h, w, c]`, any number of channels.
             train: uses the batch's statistics.
-            return_stages: also returns intermediates by name.
-
-        Returns:
-            Logits `[b, num_classes]`, or pooled features `[b, c]` without a head; with
-            `return_stages` a pair of these and a dict: `stem`, `stage1` to `stage3`, `feat1`,
-            `feat2` `[b, h', w', c']`, and `pre_logits` `[b, c]`.
+            return_stages: returns a pair, of the above and a dict: `stem`, `stage1` to `stage3`,
+                `feat1`, `feat2` `[b, h', w', c']`, and `pre_logits` `[b, c]`.
 
         Raises:
             ValueError: an image smaller than the network's stride.
         """
         checks.feature_map(x)
         checks.covers_stride(x, STRIDE)
-        kernel_init, scale_init = INITIALIZATIONS[self.initialization]
-        types = {'param_dtype': self.param_dtype}
-        layer = {'kernel_init': kernel_init, 'scale_init': scale_init, **types}
-        conv = functools.partial(ConvNorm, kernel_size=3, **layer)
-
+        conv = functools.partial(
+            ConvNorm, initialization=self.initialization, param_dtype=self.param_dtype
+        )
         x = x.astype(self.dtype or x.dtype)
-        x = conv(scaled(32, self.width), strides=2, name='conv1')(x, train=train)
-        x = conv(scaled(64, self.width), strides=2, name='conv2')(x, train=train)
+        x = conv(scaled(32, self.width), 3, 2, name='conv1')(x, train=train)
+        x = conv(scaled(64, self.width), 3, 2, name='conv2')(x, train=train)
         stages = {'stem': x}
         for i, channels in enumerate((64, 128, 256), 1):
-            block = CSPBlock(scaled(channels, self.width), name=f'block{i}', **layer)
+            block = CSPBlock(scaled(channels, self.width), conv, name=f'block{i}')
             x, stages['feat1'] = block(x, train=train)
             stages[f'stage{i}'] = x
-        x = conv(scaled(512, self.width), name='conv3')(x, train=train)
-        stages['feat2'] = x
-        x = functional.spatial_mean(x).astype(x.dtype)
-        stages['pre_logits'] = x
+        x = stages['feat2'] = conv(scaled(512, self.width), 3, name='conv3')(x, train=train)
+        x = stages['pre_logits'] = functional.spatial_mean(x).astype(x.dtype)
         if self.num_classes:
-            x = Dense(self.num_classes, kernel_init=torch_kernel, name='head', **types)(x)
+            x = Dense(self.num_classes, param_dtype=self.param_dtype, name='head')(x)
         return (x, stages) if return_stages else x
 
 
@@ -120,36 +113,21 @@ class CSPBlock(nn.Module):
 
     Attributes:
         features: c, even.
-        kernel_init: initialiser of the kernels.
-        scale_init: initialiser of the norms' scales.
-        param_dtype: type of the parameters.
+        conv: builds a `ConvNorm`, given features, window and a name.
     """
 
     features: int
-    kernel_init: Initializer
-    scale_init: Initializer
-    param_dtype: Dtype
+    conv: Callable[..., nn.Module]
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """Applies the block to `[..., h, w, c']`; returns `out` and `feat`."""
-
-        def conv(x: jax.Array, name: str, width: int, window: int) -> jax.Array:
-            layer = ConvNorm(
-                width,
-                kernel_size=window,
-                kernel_init=self.kernel_init,
-                scale_init=self.scale_init,
-                param_dtype=self.param_dtype,
-                name=name,
-            )
-            return layer(x, train=train)
-
         half = self.features // 2
-        whole = conv(x, 'conv1', self.features, 3)
-        first = conv(whole[..., half:], 'conv2', half, 3)
-        second = conv(first, 'conv3', half, 3)
-        feat = conv(jnp.concatenate([second, first], -1), 'conv4', self.features, 1)
+        whole = self.conv(self.features, 3, name='conv1')(x, train=train)
+        first = self.conv(half, 3, name='conv2')(whole[..., half:], train=train)
+        second = self.conv(half, 3, name='conv3')(first, train=train)
+        both = jnp.concatenate([second, first], -1)
+        feat = self.conv(self.features, 1, name='conv4')(both, train=train)
         # Pooled before they are joined, which copies a quarter of the values.
         out = jnp.concatenate([functional.max_pool(y, 2) for y in (whole, feat)], -1)
         return out, feat
@@ -160,39 +138,38 @@ class ConvNorm(nn.Module):
 
     Attributes:
         features: output width.
-        kernel_size: side of the square window, odd.
+        window: side of the square window, odd.
         strides: along both sides.
-        kernel_init: initialiser of the kernel.
-        scale_init: initialiser of the norm's scale.
+        initialization: key of `INITIALIZATIONS`.
         param_dtype: type of the parameters.
     """
 
     features: int
-    kernel_size: int
-    kernel_init: Initializer
-    scale_init: Initializer
+    window: int
     strides: int = 1
+    initialization: str = 'fan_out'
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Applies the layers to `[..., h, w, c]`."""
+        kernel_init, scale_init = INITIALIZATIONS[self.initialization]
         x = Conv(
             self.features,
-            (self.kernel_size, self.kernel_size),
+            (self.window, self.window),
             strides=self.strides,
             use_bias=False,
-            kernel_init=self.kernel_init,
+            kernel_init=kernel_init,
             param_dtype=self.param_dtype,
             name='conv',
         )(x)
-        norm = BatchNorm(scale_init=self.scale_init, param_dtype=self.param_dtype, name='norm')
+        norm = BatchNorm(scale_init=scale_init, param_dtype=self.param_dtype, name='norm')
         return jax.nn.leaky_relu(norm(x, train=train), 0.1)
 
 
 def scaled(channels: int, width: float) -> int:
     """`channels` times `width`, rounded to a multiple of 8, so that half of it is even."""
-    return max(8, int(channels * width / 8 + 0.5) * 8)
+    return round_to_multiple(channels * width, 8)
 
 
 def check_width(width: float) -> None:
@@ -218,7 +195,7 @@ TORCH_NAMES = _torch_names()
 
 def _build(num_classes: int | None = 0, **arguments: Any) -> CSPDarknet:
     """Builds the network; None is 0 classes."""
-    return create_described(CSPDarknet, {'num_classes': num_classes or 0}, arguments)
+    return create_described(CSPDarknet, {}, num_classes=num_classes or 0, **arguments)
 
 
 register_model(
@@ -230,4 +207,5 @@ register_model(
     num_classes=0,
     preprocessing='pixels',
     torch_names={'yolov4_tiny': TORCH_NAMES},
+    preprocessing='pixels',
 )

@@ -1,16 +1,22 @@
-"""Where a mechanism sits in a backbone, as a text.
+"""Where a mechanism sits in a network: a text that people write, and the table of sites it means.
 
-`WHERE` or `WHERE@STAGES`, the stages counted from 1 and joined by `+`, each with the 0-based blocks
-it means after a colon: `branch`, `branch@2+3+4`, `after_block@2:1,3+3:1,3,5`. The same text serves
-Python, configs and the command line.
+In a backbone of stages the text is `WHERE` or `WHERE@STAGES`, the stages counted from 1 and joined
+by `+`, each with the 0-based blocks it means after a colon: `branch`, `branch@2+3+4`,
+`after_block@2:1,3+3:1,3,5`. In the neck of a detector it is places joined by `+`: `feat1+feat2`.
+The same text serves Python, configs and the command line.
+
+A network reads it once, with `resolve` or `resolve_neck`; each of its parts is then told what
+stands at its own places, and knows nothing of texts, stages and defaults.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from attention_jax.modules.registry import AttentionEntry, attention_entry
+
+Arguments = Mapping[str, Any]  # of a mechanism
+Sites = Mapping[str, Mapping[str, Arguments]]  # part of a network -> place there -> its arguments
 
 WHERE = {
     'branch': 'on the residual branch after its last norm, before the sum',
@@ -37,38 +43,121 @@ PLACES = {
     'ResNet': tuple(where for where in WHERE if where not in _INVERTED),
     'MobileNetV2': _INVERTED + _BETWEEN,
 }
+NECK = {
+    'feat1': "on the backbone's map of stride 16, before it is joined with the upsampled one",
+    'feat2': "on the backbone's last map, of stride 32",
+    'upsampled': 'on the map that is enlarged to stride 16, before it is joined',
+}
 _BRANCH_END = {'ResNet': 'branch', 'MobileNetV2': 'output'}
+_PRE_NORM = {'ResNet': 'conv2_pre_norm', 'MobileNetV2': 'depthwise_pre_norm'}
 _PATTERN = re.compile(r'(?P<where>\w+)(@(?P<stages>\d+(:\d+(,\d+)*)?(\+\d+(:\d+(,\d+)*)?)*))?')
 
 
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """A parsed placement.
+class Placement(NamedTuple):
+    """A parsed placement in a backbone."""
 
-    Attributes:
-        where: a key of `WHERE`, 'last_block' apart.
-        blocks: for each stage, the 0-based blocks that are meant.
+    where: str  # a key of `WHERE`, 'last_block' apart
+    blocks: tuple[frozenset[int], ...]  # for each stage, the 0-based blocks that are meant
+
+
+def resolve(
+    attention: str | None,
+    text: str | None,
+    arguments: Arguments | Sequence[Arguments] | None,
+    depths: Sequence[int],
+    block: str,
+    backbone: str = 'ResNet',
+) -> Sites:
+    """The sites of a mechanism in a backbone, checked against the mechanism.
+
+    Args:
+        attention: registry name of the mechanism, or None.
+        text: the placement; None is the mechanism's default.
+        arguments: of the mechanism, the same in all stages, or one mapping a stage.
+        depths: number of blocks of each stage.
+        block: the backbone's kind of block, such as 'bottleneck'.
+        backbone: key of `PLACES`.
+
+    Returns:
+        `stem`, `stage1_block0`, ... -> place -> arguments; only what the mechanism is in, so
+        nothing without one.
+
+    Raises:
+        ValueError: what the backbone lacks, or where the mechanism does not fit.
     """
+    if attention is None:
+        if arguments:
+            raise ValueError('attention_args need attention, got attention=None')
+        if text is not None:
+            raise ValueError('placement needs attention, got attention=None')
+        return {}
+    by_stage = _each(arguments, len(depths), 'stage')
+    entry = attention_entry(attention)
+    text = text or default(entry, depths, block, backbone)
+    placement = parse(text, depths, backbone)
+    where = placement.where
+    replaces = where in ('conv1', 'conv2')
+    if replaces and not entry.replaces_convolution:
+        raise ValueError(
+            f'placement {text!r} puts attention in place of a convolution, which '
+            f'{attention!r} is not: try branch'
+        )
+    if not replaces and (entry.replaces_convolution or not entry.preserves_shape):
+        raise ValueError(
+            f'placement {text!r} needs attention that keeps its input, {attention!r} '
+            f'replaces a convolution or changes the shape: try conv2 in a ResNet'
+        )
+    if where == 'mid' and block != 'bottleneck':
+        raise ValueError(f'placement {text!r} needs bottlenecks, block is {block!r}')
+    sites = {'stem': {where: by_stage[0]}} if where == 'pre_conv' else {}
+    for s, blocks in enumerate(placement.blocks):
+        sites |= {f'stage{s + 1}_block{b}': {where: by_stage[s]} for b in sorted(blocks)}
+    return sites
 
-    where: str
-    blocks: tuple[frozenset[int], ...]
 
-    def at(self, where: str, stage: int, block: int) -> bool:
-        """Whether the mechanism sits at `where` of this 0-based stage and block."""
-        return self.inside(stage, block) == where
+def resolve_neck(
+    attention: str | None,
+    text: str | None,
+    arguments: Arguments | Sequence[Arguments] | None,
+) -> Sites:
+    """The sites of a mechanism in the neck of YOLOv4-tiny, checked against the mechanism.
 
-    def inside(self, stage: int, block: int) -> str | None:
-        """The place in this 0-based stage and block, None if the block is not meant."""
-        return self.where if block in self.blocks[stage] else None
+    Args:
+        attention: registry name of the mechanism, or None.
+        text: keys of `NECK`, joined by `+`; None is all of them.
+        arguments: of the mechanism, the same everywhere, or one mapping a place of `text`.
+
+    Returns:
+        `neck` -> place, in the order of `text` -> arguments; nothing without a mechanism.
+
+    Raises:
+        ValueError: a text that cannot be read, arguments that do not fit it, or a mechanism that
+            changes its input's shape, takes several maps or stands for a convolution.
+    """
+    if attention is None:
+        for name, given in (('placement', text), ('attention_args', arguments)):
+            if given:
+                raise ValueError(f'{name} needs attention, got attention=None')
+        return {}
+    entry = attention_entry(attention)
+    if entry.placement == 'none' or entry.replaces_convolution or not entry.preserves_shape:
+        raise ValueError(
+            f'attention {attention!r} changes the shape, takes several maps or replaces a '
+            f'convolution: the neck of YOLOv4-tiny needs one that returns its input gated, '
+            f'such as se'
+        )
+    places = (text or '+'.join(NECK)).split('+')
+    if len(set(places)) != len(places) or not set(places) <= set(NECK):
+        raise ValueError(
+            f'placement {text!r} cannot be read: join some of {", ".join(NECK)} '
+            f'by +, each once, for example feat1+feat2'
+        )
+    by_place = _each(arguments, len(places), 'place', f' ({", ".join(places)})')
+    return {'neck': dict(zip(places, by_place, strict=True))}
 
 
 def parse(text: str, depths: Sequence[int], backbone: str = 'ResNet') -> Placement:
-    """Reads a placement for a backbone with `depths` blocks in its stages.
-
-    Args:
-        text: the placement.
-        depths: number of blocks of each stage.
-        backbone: key of `PLACES`.
+    """Reads a placement for a backbone, a key of `PLACES`, with `depths` blocks in its stages.
 
     Raises:
         ValueError: the text cannot be read, or means what the backbone lacks.
@@ -121,13 +210,7 @@ def default(
     (the five blocks of the non-local networks in bottleneck ResNets of 50 layers and more, else one
     after the last block of the last stage but one), `inserted_before` (one before the last block
     of that stage). In MobileNetV2 `output` stands for `branch`, as in the networks of ECA and
-    Triplet.
-
-    Args:
-        entry: the mechanism.
-        depths: number of blocks of each stage.
-        block: the backbone's kind of block, such as 'bottleneck'.
-        backbone: key of `PLACES`.
+    Triplet, and `depthwise_pre_norm` for `conv2_pre_norm`, as in SimAM's. The arguments are those of `resolve`.
 
     Raises:
         ValueError: the mechanism is a head, takes several maps or stands for a convolution that the
@@ -146,6 +229,8 @@ def default(
             )
         case 'branch':
             return end
+        case 'conv2_pre_norm':
+            return _PRE_NORM[backbone]
         case 'branch_but_first':
             return f'{end}@' + '+'.join(str(s) for s in range(2, count + 1))
         case 'inserted' if deep:
@@ -162,69 +247,21 @@ def default(
     return entry.placement
 
 
-def resolve(
-    attention: str | None,
-    text: str | None,
-    depths: Sequence[int],
-    block: str,
-    backbone: str = 'ResNet',
-) -> Placement | None:
-    """The blocks that a network's `attention` and `placement` mean, checked against the mechanism.
-
-    Args:
-        attention: registry name of a mechanism, or None.
-        text: the placement; None is the mechanism's default.
-        depths: number of blocks of each stage.
-        block: the backbone's kind of block.
-        backbone: key of `PLACES`.
-
-    Returns:
-        The placement; None without a mechanism.
-
-    Raises:
-        ValueError: what the backbone lacks, or where the mechanism does not fit.
-    """
-    if attention is None:
-        if text is not None:
-            raise ValueError('placement needs attention, got attention=None')
-        return None
-    entry = attention_entry(attention)
-    text = text or default(entry, depths, block, backbone)
-    placement = parse(text, depths, backbone)
-    replaces = placement.where in ('conv1', 'conv2')
-    if replaces and not entry.replaces_convolution:
-        raise ValueError(
-            f'placement {text!r} puts attention in place of a convolution, which '
-            f'{attention!r} is not: try branch'
-        )
-    if not replaces and (entry.replaces_convolution or not entry.preserves_shape):
-        raise ValueError(
-            f'placement {text!r} needs attention that keeps its input, {attention!r} '
-            f'replaces a convolution or changes the shape: try conv2 in a ResNet'
-        )
-    if placement.where == 'mid' and block != 'bottleneck':
-        raise ValueError(f'placement {text!r} needs bottlenecks, block is {block!r}')
-    return placement
+def _spread(depth: int, number: int) -> str:
+    """The blocks after which `number` modules follow, evenly: 1, 3, 5 of 6; 6, 13, 20 of 23."""
+    return ','.join(str(depth // number * (i + 1) - 1) for i in range(number))
 
 
-def stage_arguments(
-    arguments: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, count: int
-) -> tuple[Mapping[str, Any], ...]:
-    """A mechanism's arguments in each of `count` stages: the same in all, or one mapping a stage.
-
-    Raises:
-        ValueError: a sequence of another length.
-    """
+def _each(
+    arguments: Arguments | Sequence[Arguments] | None, count: int, unit: str, names: str = ''
+) -> tuple[Arguments, ...]:
+    """A mechanism's arguments in each of `count` stages or places."""
     arguments = arguments or {}
     if isinstance(arguments, Mapping):
         return (arguments,) * count
     if len(arguments) != count:
         raise ValueError(
-            f'attention_args must be one dict or one a stage: {count} stages, got {len(arguments)}'
+            f'attention_args must be one dict or one a {unit}: {count} {unit}s{names}, '
+            f'got {len(arguments)}'
         )
     return tuple(arguments)
-
-
-def _spread(depth: int, number: int) -> str:
-    """The blocks after which `number` modules follow, evenly: 1, 3, 5 of 6; 6, 13, 20 of 23."""
-    return ','.join(str(depth // number * (i + 1) - 1) for i in range(number))

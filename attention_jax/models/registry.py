@@ -5,7 +5,8 @@ Importing `attention_jax.models` registers all of them.
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -30,6 +31,8 @@ class ModelEntry:
         preprocessing: what is usual for its weights where they do not say: 'torchvision' (bilinear
             resizing), 'timm' (bicubic), or 'pixels' (whole pictures, over 255).
         rank: spatial axes of its input: 2, or 3 for videos.
+        published: accuracies in per cent that others claim, and who does ('authors': in their
+            repository or paper): top-1 on ImageNet-1k, one crop, unless said otherwise.
     """
 
     name: str
@@ -42,6 +45,7 @@ class ModelEntry:
     task: str = 'classification'
     preprocessing: str = 'torchvision'
     rank: int = 2
+    published: Sequence[tuple[float, str]] = ()
 
 
 _models: dict[str, ModelEntry] = {}
@@ -81,15 +85,23 @@ def create_model(name: str, /, **arguments: Any) -> nn.Module:
     return model_entry(name).build(**arguments)
 
 
+def register_described(
+    cls: type[nn.Module], name: str, description: Mapping[str, Any], **facts: Any
+) -> None:
+    """Registers a network that is a class with the fields of `description`, under `name`."""
+    facts = {'num_classes': description.get('num_classes', cls.num_classes), **facts}
+    register_model(name, functools.partial(create_described, cls, description), **facts)
+
+
 def create_described(
-    cls: type[nn.Module], description: Mapping[str, Any], arguments: Mapping[str, Any]
+    cls: type[nn.Module], description: Mapping[str, Any], /, **arguments: Any
 ) -> nn.Module:
     """Builds a named network: a description of `cls` with what the caller changes in it.
 
     Args:
         cls: the network's class, with the fields `attention`, `placement` and `attention_args`.
         description: its fields under the name.
-        arguments: the caller's.
+        **arguments: the caller's.
 
     Raises:
         ValueError: an unknown argument, or a value that the network refuses.

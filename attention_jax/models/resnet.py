@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.nn import initializers
 from attention_jax import checks, functional
 from attention_jax.functional.dtypes import Dtype
 from attention_jax.models import placement as placements
-from attention_jax.models.attach import attach, run_block
+from attention_jax.models.attach import Mechanism
 from attention_jax.modules.initializers import Initializer, kaiming_fan_out, torch_kernel
 from attention_jax.modules.layers import BatchNorm, Conv, Dense, StochasticDepth
 from attention_jax.modules.registry import attention_entry, create_attention, field_names
@@ -36,6 +36,7 @@ class Initialization:
         head: of the classifier.
         head_bias: of its bias; None is PyTorch's default.
         by_group: the variance of a grouped convolution is that of one group.
+        last_scale: of the scale of each branch's last norm.
     """
 
     conv: Initializer = kaiming_fan_out
@@ -43,6 +44,13 @@ class Initialization:
     head: Initializer = torch_kernel
     head_bias: Initializer | None = None
     by_group: bool = False
+    last_scale: Initializer = initializers.ones
+
+    def of(self, groups: int) -> Initializer:
+        """Of a convolution with this many groups, a shortcut's apart."""
+        if self.by_group and groups > 1:
+            return initializers.variance_scaling(2.0 * groups, 'fan_out', 'normal')
+        return self.conv
 
 
 INITIALIZATIONS = {
@@ -166,10 +174,7 @@ class ResNet(nn.Module):
                 )
         if self.pool_args and self.pool == 'mean':
             raise ValueError(f"pool_args need pool 'isqrt_cov', got pool 'mean', {self.pool_args}")
-        if self.attention is None and self.attention_args:
-            raise ValueError('attention_args need attention, got attention=None')
-        self.stage_arguments()
-        self.resolved_placement()
+        self.sites()
 
     def stage_strides(self) -> tuple[int, ...]:
         """Stride of each stage's first block."""
@@ -177,124 +182,78 @@ class ResNet(nn.Module):
             return (1,) + (2,) * (len(self.depths) - 1)
         return tuple(self.strides)
 
-    def stage_arguments(self) -> tuple[Mapping[str, Any], ...]:
-        """The mechanism's arguments in each stage."""
-        return placements.stage_arguments(self.attention_args, len(self.depths))
-
-    def resolved_placement(self) -> placements.Placement | None:
-        """The placement with its blocks, checked against the mechanism; None without one."""
-        return placements.resolve(self.attention, self.placement, self.depths, self.block)
+    def sites(self) -> placements.Sites:
+        """Where the mechanism stands, with its arguments there, as `models.placement` says it."""
+        return placements.resolve(
+            self.attention, self.placement, self.attention_args, self.depths, self.block
+        )
 
     @nn.compact
     def __call__(
         self, x: jax.Array, *, train: bool = False, return_stages: bool = False
     ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
-        """Classifies images.
+        """Logits `[b, num_classes]` of images, or pooled features `[b, c]` without a head.
 
         Args:
             x: `[b, h, w, c]`, or `[b, t, h, w, c]`; normalised, any number of channels.
             train: uses the batch's statistics and dropout.
-            return_stages: also returns the stages' outputs by name.
-
-        Returns:
-            Logits `[b, num_classes]`, or pooled features `[b, c]` without a head; with
-            `return_stages` a pair of these and a dict: `stem`, `stage1`... and `features` if there
-            are any `[b, h', w', c']`, and `pre_logits` `[b, c]`.
+            return_stages: returns a pair, of the above and a dict: `stem`, `stage1`... and
+                `features` if there are any `[b, h', w', c']`, and `pre_logits` `[b, c]`.
 
         Raises:
             ValueError: an image smaller than the network's stride, or what the mechanism refuses.
         """
         self._check_input(x)
-        init = INITIALIZATIONS[self.initialization]
         types = {'param_dtype': self.param_dtype}
-        placement = self.resolved_placement()
+        init, act = INITIALIZATIONS[self.initialization], _ACTIVATIONS[self.activation]
+        if self.zero_init_last:
+            init = dataclasses.replace(init, last_scale=initializers.zeros)
+        conv = functools.partial(Conv, use_bias=False, kernel_init=init.conv, **types)
+        norm = functools.partial(BatchNorm, **types)
+        dense = functools.partial(Dense, kernel_init=init.head, bias_init=init.head_bias, **types)
         block = functools.partial(
-            Block,
-            kind=self.block,
-            stride_in=self.stride_in,
-            shortcut=self.shortcut,
-            cardinality=self.cardinality,
-            base_width=self.base_width,
-            group_width=self.group_width,
-            first_divisor=self.first_divisor,
-            conv2_pool=self.conv2_pool,
-            activation=self.activation,
-            identity_init=self.identity_init,
-            zero_init_last=self.zero_init_last,
-            initialization=init,
-            **types,
+            Block, shortcut=self.shortcut, initialization=init, conv=conv, norm=norm, act=act
         )
-        builders = self._attention_builders()
+        mechanism = functools.partial(
+            Mechanism, self.attention, self._common_arguments(), self.identity_init
+        )
+        sites, called = self.sites(), {'parent': self, 'train': train}
 
         x = x.astype(self.dtype or x.dtype)
-        x = self._stem(
-            x, builders[0] if placement and placement.where == 'pre_conv' else None, train=train
-        )
+        here = mechanism(sites.get('stem', {}))
+        for i, (window, width, strides) in enumerate(self._stem_layers(), 1):
+            x = here.at('pre_conv', x, name=f'stem_attention{i}', **called)
+            x = conv(width, (window, window), strides, name=f'stem_conv{i}')(x)
+            x = act(norm(name=f'stem_norm{i}')(x, train=train))
+        if self.stem != 'cifar' and self.stem_pool != 'none':
+            border = {'ceil_mode': True} if self.stem_pool == 'max_ceil' else {'padding': 1}
+            x = functional.max_pool(x, 3, strides=2, **border)
         stages = {'stem': x}
+
         rates = iter(np.linspace(0, self.drop_path_rate, sum(self.depths)).tolist())
-        for s, (depth, planes) in enumerate(zip(self.depths, self.widths, strict=True)):
+        shapes = zip(self.depths, self.widths, self.stage_strides(), strict=True)
+        for stage, (depth, planes, strides) in enumerate(shapes, 1):
             for b in range(depth):
-                this = functools.partial(
-                    block,
-                    planes=planes,
-                    strides=self.stage_strides()[s] if b == 0 else 1,
-                    drop_path_rate=next(rates),
-                )
-                x = run_block(
-                    self, this, x, s, b, placement=placement, build=builders[s], train=train
-                )
-            if s == 0 and self.spatial_dims == 3:
+                name = f'stage{stage}_block{b}'
+                here = mechanism(sites.get(name, {}))
+                layers = self._block_layers(planes, strides if b == 0 else 1)
+                x = here.at('before_block', x, name=f'{name}_before_block_attention', **called)
+                x = block(layers, here, next(rates), name=name)(x, train=train)
+                x = here.at('after_block', x, name=f'{name}_after_block_attention', **called)
+                x = here.at('stage', x, name=f'{name}_stage_attention', **called)
+            if stage == 1 and self.spatial_dims == 3:
                 x = functional.max_pool(x, (2, 1, 1), strides=(2, 1, 1), ceil_mode=True)
-            stages[f'stage{s + 1}'] = x
+            stages[f'stage{stage}'] = x
 
         if self.features:
-            x = Conv(
-                self.features,
-                (1, 1),
-                use_bias=False,
-                kernel_init=init.conv,
-                name='features_conv',
-                **types,
-            )(x)
-            x = BatchNorm(name='features_norm', **types)(x, train=train)
-            x = stages['features'] = _ACTIVATIONS[self.activation](x)
-        x = self._pool(x, train=train)
-        stages['pre_logits'] = x
+            x = conv(self.features, (1, 1), name='features_conv')(x)
+            x = act(norm(name='features_norm')(x, train=train))
+            stages['features'] = x
+        x = stages['pre_logits'] = self._pool(x, train=train)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         if self.num_classes:
-            x = Dense(
-                self.num_classes,
-                kernel_init=init.head,
-                bias_init=init.head_bias,
-                name='head',
-                **types,
-            )(x)
+            x = dense(self.num_classes, name='head')(x)
         return (x, stages) if return_stages else x
-
-    def _attention_builders(self) -> list[Callable[..., nn.Module] | None]:
-        """For each stage what builds the mechanism, given a name; None without one."""
-        if self.attention is None:
-            return [None] * len(self.depths)
-        common = {'param_dtype': self.param_dtype}
-        allowed = field_names(attention_entry(self.attention).cls)
-        if self.spatial_dims == 3 and 'spatial_dims' in allowed:
-            common['spatial_dims'] = 3
-        return [
-            functools.partial(create_attention, self.attention, **{**common, **arguments})
-            for arguments in self.stage_arguments()
-        ]
-
-    def _pool(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """`[..., h, w, c] -> [b, c']`."""
-        if self.pool == 'isqrt_cov':
-            x = create_attention(
-                'isqrt_cov',
-                **{'param_dtype': self.param_dtype, **(self.pool_args or {})},
-                name='pool',
-            )(x, train=train)
-        else:
-            x = functional.spatial_mean(x).astype(x.dtype)
-        return x.mean(axis=1) if self.spatial_dims == 3 else x
 
     def _check_input(self, x: jax.Array) -> None:
         checks.feature_map(x)
@@ -303,189 +262,141 @@ class ResNet(nn.Module):
         stride = (1 if self.stem == 'cifar' else 4) * math.prod(self.stage_strides())
         checks.covers_stride(x, stride)
 
-    def _stem(
-        self, x: jax.Array, attention: Callable[..., nn.Module] | None, *, train: bool
-    ) -> jax.Array:
+    def _common_arguments(self) -> Mapping[str, Any]:
+        """What the mechanism is built with at all its sites."""
+        common = {'param_dtype': self.param_dtype}
+        if self.attention is None or self.spatial_dims == 2:
+            return common
+        takes_time = 'spatial_dims' in field_names(attention_entry(self.attention).cls)
+        return common | {'spatial_dims': 3} if takes_time else common
+
+    def _stem_layers(self) -> list[tuple[int, int, int]]:
+        """Window, width and stride of each convolution of the stem."""
         windows = {'7x7': (7,), 'deep': (3, 3, 3), 'cifar': (3,)}[self.stem]
         if len(self.stem_widths) != len(windows):
             raise ValueError(
                 f'stem_widths must have {len(windows)} entries for stem {self.stem!r}, '
                 f'got {tuple(self.stem_widths)}'
             )
-        strided = () if self.stem == 'cifar' else (1,)
+        strides = [1 if self.stem == 'cifar' else 2] + [1] * (len(windows) - 1)
         if self.stem == 'deep' and self.stem_pool == 'none':
-            strided = (1, len(windows))
-        for i, (window, width) in enumerate(zip(windows, self.stem_widths, strict=True), 1):
-            if attention:
-                x = attach(
-                    self,
-                    attention,
-                    f'stem_attention{i}',
-                    x,
-                    train=train,
-                    identity_init=self.identity_init,
-                )
-            x = Conv(
-                width,
-                (window, window),
-                strides=2 if i in strided else 1,
-                use_bias=False,
-                kernel_init=INITIALIZATIONS[self.initialization].conv,
-                param_dtype=self.param_dtype,
-                name=f'stem_conv{i}',
-            )(x)
-            x = BatchNorm(param_dtype=self.param_dtype, name=f'stem_norm{i}')(x, train=train)
-            x = _ACTIVATIONS[self.activation](x)
-        if self.stem == 'cifar' or self.stem_pool == 'none':
-            return x
-        if self.stem_pool == 'max_ceil':
-            return functional.max_pool(x, 3, strides=2, ceil_mode=True)
-        return functional.max_pool(x, 3, strides=2, padding=1)
+            strides[-1] = 2
+        return list(zip(windows, self.stem_widths, strides, strict=True))
+
+    def _block_layers(self, planes: int, strides: int) -> tuple['Layer', ...]:
+        """The convolutions of a block's branch."""
+        if self.block == 'basic':
+            return Layer(planes, 3, strides), Layer(planes, 3)
+        if self.group_width:
+            inner, groups = planes, planes // self.group_width
+        else:
+            inner, groups = planes * self.base_width // 64, self.cardinality
+            inner *= groups
+        first, second = (strides, 1) if self.stride_in == 'conv1' else (1, strides)
+        return (
+            Layer(inner // self.first_divisor, 1, first),
+            Layer(inner, 3, second, groups, self.conv2_pool if second > 1 else None),
+            Layer(planes * EXPANSION['bottleneck'], 1),
+        )
+
+    def _pool(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """`[..., h, w, c] -> [b, c']`."""
+        if self.pool == 'isqrt_cov':
+            arguments = {'param_dtype': self.param_dtype, **(self.pool_args or {})}
+            x = create_attention('isqrt_cov', **arguments, name='pool')(x, train=train)
+        else:
+            x = functional.spatial_mean(x).astype(x.dtype)
+        return x.mean(axis=1) if self.spatial_dims == 3 else x
+
+
+class Layer(NamedTuple):
+    """A convolution of a block's branch, without a bias, and the norm that follows it."""
+
+    features: int
+    window: int
+    strides: int = 1
+    groups: int = 1
+    pool: str | None = None  # 'before' or 'after' it, where a 3x3 average pool takes its stride
 
 
 class Block(nn.Module):
-    """A residual block: `relu(branch(x) + shortcut(x))`.
+    """A residual block: `act(branch(x) + shortcut(x))`.
 
     Attributes:
-        planes: width of the stage.
-        kind: 'basic' or 'bottleneck'.
-        strides: stride of the block.
-        stride_in: the bottleneck's strided convolution, 'conv1' or 'conv2'.
-        shortcut: 'conv', 'avg', 'conv3' or 'pad', used where the stride or the width changes.
-        cardinality: groups of the bottleneck's 3x3.
-        base_width: width of one group at 64 planes.
-        group_width: channels of each group instead.
-        first_divisor: divides the width of the bottleneck's first 1x1.
-        conv2_pool: 'before' or 'after': a 3x3 average pool takes the second convolution's stride.
-        activation: 'relu' or 'silu'.
-        attention: builds the mechanism, given a name (and features and strides where it replaces a
-            convolution).
-        where: the place of it in this block, a key of `models.placement.WHERE`, or None.
-        identity_init: the mechanism starts as the identity.
+        layers: of the branch, with the activation between them.
+        attention: the mechanism at the places of this block.
         drop_path_rate: probability that the branch is dropped in training.
-        zero_init_last: the last norm starts with scale 0.
+        shortcut: 'conv', 'avg', 'conv3' or 'pad', used where the stride or the width changes.
         initialization: initialisers.
-        param_dtype: type of the parameters.
+        conv: builds a `Conv`, given what is its own.
+        norm: builds a norm likewise.
+        act: the activation.
     """
 
-    planes: int
-    kind: str
-    strides: int
-    stride_in: str
-    shortcut: str
-    cardinality: int
-    base_width: int
-    group_width: int | None
-    first_divisor: int
-    conv2_pool: str | None
-    activation: str
-    attention: Callable[..., nn.Module] | None
-    where: str | None
-    identity_init: bool
+    layers: Sequence[Layer]
+    attention: Mechanism
     drop_path_rate: float
-    zero_init_last: bool
+    shortcut: str
     initialization: Initialization
-    param_dtype: Dtype
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    act: Callable[[jax.Array], jax.Array]
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Applies the block to `[..., h, w, c]`."""
-        features = self.planes * EXPANSION[self.kind]
-        act = _ACTIVATIONS[self.activation]
-        layers = self._layers(features)
-
-        def attend(y: jax.Array, name: str = 'attention') -> jax.Array:
-            return attach(
-                self, self.attention, name, y, train=train, identity_init=self.identity_init
-            )
-
+        attend = functools.partial(self.attention.at, parent=self, train=train)
         y = x
-        for i, (width, window, strides, groups) in enumerate(layers, 1):
-            last = i == len(layers)
-            pool = self.conv2_pool if i == 2 and strides > 1 else None
-            if pool == 'before':
-                y = functional.avg_pool(y, 3, strides=strides, padding=1)
-            if self.where == f'conv{i}':  # it brings its own norm and activation
-                y = self.attention(name=f'conv{i}', features=width, strides=1 if pool else strides)(
-                    y, train=train
-                )
-            else:
-                if self.where == 'pre_conv':
-                    y = attend(y, f'attention{i}')
-                y = self._conv(width, window, 1 if pool else strides, groups, name=f'conv{i}')(y)
-                if self.where == 'conv2_pre_norm' and i == 2:
-                    y = attend(y)
-                y = self._norm(f'norm{i}', zero=last and self.zero_init_last)(y, train=train)
-                y = y if last else act(y)
-            if pool == 'after':
-                y = functional.avg_pool(y, 3, strides=strides, padding=1)
-            if self.where == 'mid' and i == 2:
-                y = attend(y)
-        if self.where == 'branch_after_relu':
-            y = act(y)
-        if self.where in ('branch', 'branch_after_relu'):
-            y = attend(y)
+        for i, layer in enumerate(self.layers, 1):
+            if layer.pool == 'before':
+                y = functional.avg_pool(y, 3, strides=layer.strides, padding=1)
+            y = self._layer(i, layer, y, train=train)
+            if layer.pool == 'after':
+                y = functional.avg_pool(y, 3, strides=layer.strides, padding=1)
+            if i == 2:
+                y = attend('mid', y)
+        y = attend('branch', y)
+        if 'branch_after_relu' in self.attention:
+            y = attend('branch_after_relu', self.act(y))
         y = StochasticDepth(self.drop_path_rate)(y, train=train)
-        return act(y + self._shortcut(x, features, train=train))
+        return self.act(y + self._shortcut(x, train=train))
 
-    def _layers(self, features: int) -> list[tuple[int, int, int, int]]:
-        """Width, window, stride and groups of each convolution."""
-        if self.kind == 'basic':
-            return [(self.planes, 3, self.strides, 1), (self.planes, 3, 1, 1)]
-        if self.group_width:
-            inner, groups = self.planes, self.planes // self.group_width
-        else:
-            inner, groups = self.planes * self.base_width // 64, self.cardinality
-            inner *= groups
-        first, second = (self.strides, 1) if self.stride_in == 'conv1' else (1, self.strides)
-        return [
-            (inner // self.first_divisor, 1, first, 1),
-            (inner, 3, second, groups),
-            (features, 1, 1, 1),
-        ]
+    def _layer(self, i: int, layer: Layer, y: jax.Array, *, train: bool) -> jax.Array:
+        """The branch's convolution number i, norm and activation, or a mechanism in their place."""
+        attend = functools.partial(self.attention.at, parent=self, train=train)
+        shape = {'features': layer.features, 'strides': 1 if layer.pool else layer.strides}
+        if f'conv{i}' in self.attention:
+            return self.attention.build(f'conv{i}', name=f'conv{i}', **shape)(y, train=train)
+        last = i == len(self.layers)
+        conv = self.conv(
+            kernel_size=(layer.window, layer.window),
+            groups=layer.groups,
+            kernel_init=self.initialization.of(layer.groups),
+            name=f'conv{i}',
+            **shape,
+        )
+        scale_init = self.initialization.last_scale if last else initializers.ones
+        norm = self.norm(scale_init=scale_init, name=f'norm{i}')
+        y = conv(attend('pre_conv', y, name=f'attention{i}'))
+        y = norm(attend(f'conv{i}_pre_norm', y), train=train)
+        return y if last else self.act(y)
 
-    def _shortcut(self, x: jax.Array, features: int, *, train: bool) -> jax.Array:
-        if self.strides == 1 and x.shape[-1] == features:
+    def _shortcut(self, x: jax.Array, *, train: bool) -> jax.Array:
+        features = self.layers[-1].features
+        strides = math.prod(layer.strides for layer in self.layers)
+        if strides == 1 and x.shape[-1] == features:
             return x
         if self.shortcut == 'pad':
-            x = x[..., :: self.strides, :: self.strides, :]
+            x = x[..., ::strides, ::strides, :]
             new = features - x.shape[-1]
             return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((new // 2, new - new // 2),))
-        strides = self.strides
+        window = (3, 3) if self.shortcut == 'conv3' and strides > 1 else (1, 1)
         if self.shortcut == 'avg' and strides > 1:
             x = functional.avg_pool(
                 x, strides, strides=strides, ceil_mode=True, count_padding=False
             )
             strides = 1
-        if self.where == 'pre_conv':
-            x = attach(
-                self,
-                self.attention,
-                'shortcut_attention',
-                x,
-                train=train,
-                identity_init=self.identity_init,
-            )
-        window = 3 if self.shortcut == 'conv3' and strides > 1 else 1
-        x = self._conv(features, window, strides, 1, name='shortcut_conv')(x)
-        return self._norm('shortcut_norm')(x, train=train)
-
-    def _conv(self, features: int, window: int, strides: int, groups: int, *, name: str) -> Conv:
-        init = self.initialization
-        kernel_init = init.shortcut if name == 'shortcut_conv' else init.conv
-        if init.by_group and groups > 1:
-            kernel_init = initializers.variance_scaling(2.0 * groups, 'fan_out', 'normal')
-        return Conv(
-            features,
-            (window, window),
-            strides=strides,
-            groups=groups,
-            use_bias=False,
-            kernel_init=kernel_init,
-            param_dtype=self.param_dtype,
-            name=name,
-        )
-
-    def _norm(self, name: str, *, zero: bool = False) -> BatchNorm:
-        scale = initializers.zeros if zero else initializers.ones
-        return BatchNorm(scale_init=scale, param_dtype=self.param_dtype, name=name)
+        x = self.attention.at('pre_conv', x, parent=self, train=train, name='shortcut_attention')
+        kernel_init = self.initialization.shortcut
+        x = self.conv(features, window, strides, kernel_init=kernel_init, name='shortcut_conv')(x)
+        return self.norm(name='shortcut_norm')(x, train=train)

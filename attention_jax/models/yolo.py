@@ -11,7 +11,8 @@ from flax import linen as nn
 
 from attention_jax import checks, functional
 from attention_jax.functional.dtypes import Dtype
-from attention_jax.models.attach import attach
+from attention_jax.models import placement as placements
+from attention_jax.models.attach import Mechanism, mechanism_names
 from attention_jax.models.darknet import (
     INITIALIZATIONS,
     STRIDE,
@@ -21,22 +22,10 @@ from attention_jax.models.darknet import (
     check_width,
     scaled,
 )
-from attention_jax.models.registry import create_described, register_model
+from attention_jax.models.registry import register_described
 from attention_jax.modules.layers import Conv
-from attention_jax.modules.registry import (
-    ForeignName,
-    TorchName,
-    TorchNames,
-    attention_entry,
-    create_attention,
-    names_for,
-)
+from attention_jax.modules.registry import ForeignName, TorchName, TorchNames
 
-PLACES = {
-    'feat1': "on the backbone's map of stride 16, before it is joined with the upsampled one",
-    'feat2': "on the backbone's last map, of stride 32",
-    'upsampled': 'on the map that is enlarged to stride 16, before it is joined',
-}
 # Width and height in pixels of images of 416 x 416.
 ANCHORS = ((10, 14), (23, 27), (37, 58), (81, 82), (135, 169), (344, 319))
 # The anchors of stride 32 and of stride 16: number 3 is in both, number 0 in none.
@@ -57,8 +46,8 @@ class YOLOv4Tiny(nn.Module):
         out16 = c(r3([u, A(feat1)]))        [b, h/16, w/16, 3 (5 + classes)], 256 channels between
 
     The channels of an output are (anchor, [x, y, w, h, object, classes...]), all before any
-    activation; `tasks.detection.yolo` decodes them. A is never inside the backbone, so its weights
-    fit with every mechanism.
+    activation; `functional.yolo` decodes them. A is never inside the backbone, so its weights fit
+    with every mechanism.
 
     Source: bubbliiiing/yolov4-tiny-pytorch nets/yolo.py. As its training from nothing does, kernels
     start from N(0, 0.02) and the norms' scales from N(1, 0.02), those of the backbone too; the
@@ -68,7 +57,8 @@ class YOLOv4Tiny(nn.Module):
     Attributes:
         width: multiplies every width but that of the outputs, rounded to a multiple of 8.
         attention: registry name of a mechanism that keeps its input's shape, or None.
-        placement: where it sits: keys of `PLACES`, joined by `+`; None is 'feat1+feat2+upsampled'.
+        placement: where it sits: keys of `models.placement.NECK`, joined by `+`; None is
+            'feat1+feat2+upsampled'.
         attention_args: its arguments: a mapping, or a sequence of one mapping a place, in the order
             of `placement`.
         identity_init: a mechanism that does not start as the identity is made to
@@ -117,43 +107,11 @@ class YOLOv4Tiny(nn.Module):
         if np.shape(self.image_size) != (2,) or not min(self.image_size) > 0:
             raise ValueError(f'image_size must be height and width, got {self.image_size}')
         _check_sides('image_size', *self.image_size)
-        self.attention_places()
+        self.sites()
 
-    def attention_places(self) -> dict[str, Mapping[str, Any]]:
-        """The mechanism's arguments in each of its places; empty without one.
-
-        Raises:
-            ValueError: a placement that cannot be read, arguments that do not fit it, or a
-                mechanism that changes its input's shape, takes several maps or stands for a
-                convolution.
-        """
-        if self.attention is None:
-            for name in ('placement', 'attention_args'):
-                if getattr(self, name):
-                    raise ValueError(f'{name} needs attention, got attention=None')
-            return {}
-        entry = attention_entry(self.attention)
-        if entry.placement == 'none' or entry.replaces_convolution or not entry.preserves_shape:
-            raise ValueError(
-                f'attention {self.attention!r} changes the shape, takes several maps or replaces a '
-                f'convolution: the neck of YOLOv4-tiny needs one that returns its input gated, '
-                f'such as se'
-            )
-        places = (self.placement or '+'.join(PLACES)).split('+')
-        if len(set(places)) != len(places) or not set(places) <= set(PLACES):
-            raise ValueError(
-                f'placement {self.placement!r} cannot be read: join some of {", ".join(PLACES)} '
-                f'by +, each once, for example feat1+feat2'
-            )
-        arguments = self.attention_args or {}
-        if isinstance(arguments, Mapping):
-            return dict.fromkeys(places, arguments)
-        if len(arguments) != len(places):
-            raise ValueError(
-                f'attention_args must be one dict or one a place: {len(places)} places '
-                f'({", ".join(places)}), got {len(arguments)}'
-            )
-        return dict(zip(places, arguments, strict=True))
+    def sites(self) -> placements.Sites:
+        """Where the mechanism stands, with its arguments there, as `models.placement` says it."""
+        return placements.resolve_neck(self.attention, self.placement, self.attention_args)
 
     def classes_of(self, outputs: int) -> int | None:
         """Number of classes of a head with this many outputs; None if it can be none of this's."""
@@ -172,64 +130,49 @@ class YOLOv4Tiny(nn.Module):
         Args:
             x: `[b, h, w, c]`, values in 0 to 1, h and w multiples of 32, any number of channels.
             train: uses the batch's statistics.
-            return_stages: also returns intermediates by name.
+            return_stages: returns a pair, of the outputs and a dict: the backbone's stages, of
+                which `feat1` and `feat2` are what the mechanism makes of them, `neck` (p) and
+                `upsampled` (u).
 
         Returns:
-            The outputs of stride 32 and 16, `[b, h/32, w/32, a (5 + classes)]` and
-            `[b, h/16, w/16, a (5 + classes)]` with a anchors each, of the computation's type;
-            `feat2` and `feat1` of the backbone where there are no classes. With `return_stages` a
-            pair of these and a dict: the backbone's stages, of which `feat1` and `feat2` are what
-            the mechanism makes of them, `neck` (p) and `upsampled` (u).
+            The outputs of stride 32 and 16, of the computation's type; `feat2` and `feat1` of the
+            backbone where there are no classes.
 
         Raises:
             ValueError: sides that are no multiples of 32, or what the mechanism refuses.
         """
         checks.feature_map(x)
         _check_sides('x', *x.shape[-3:-1])
-        places = self.attention_places() if self.num_classes else {}
         types = {'param_dtype': self.param_dtype}
-        kernel_init, scale_init = INITIALIZATIONS['normal']
+        layer = functools.partial(ConvNorm, initialization='normal', **types)
+        places = self.sites().get('neck', {}) if self.num_classes else {}
+        here = Mechanism(self.attention, types, self.identity_init, places)
 
-        def attend(x: jax.Array, place: str) -> jax.Array:
-            if place not in places:
-                return x
-            build = functools.partial(
-                create_attention, self.attention, **{**types, **places[place]}
-            )
-            name, identity = f'{place}_attention', self.identity_init
-            return attach(self, build, name, x, train=train, identity_init=identity)
+        def attend(place: str, x: jax.Array) -> jax.Array:
+            return here.at(place, x, parent=self, train=train, name=f'{place}_attention')
 
         def conv(x: jax.Array, name: str, features: int, window: int) -> jax.Array:
-            layer = ConvNorm(
-                scaled(features, self.width),
-                kernel_size=window,
-                kernel_init=kernel_init,
-                scale_init=scale_init,
-                name=name,
-                **types,
-            )
-            return layer(x, train=train)
+            return layer(scaled(features, self.width), window, name=name)(x, train=train)
 
         def head(x: jax.Array, stride: int, features: int, anchors: int) -> jax.Array:
             x = conv(x, f'head{stride}_conv', features, 3)
             outputs = anchors * (_BOX + self.num_classes)
+            kernel_init = INITIALIZATIONS['normal'][0]
             return Conv(outputs, (1, 1), kernel_init=kernel_init, name=f'head{stride}', **types)(x)
 
         x = x.astype(self.dtype or x.dtype)
         backbone = CSPDarknet(self.width, initialization='normal', name='backbone', **types)
         stages = backbone(x, train=train, return_stages=True)[1]
-        for place in ('feat1', 'feat2'):
-            stages[place] = attend(stages[place], place)
-        outputs = [stages['feat2'], stages['feat1']]
+        feat1 = stages['feat1'] = attend('feat1', stages['feat1'])
+        feat2 = stages['feat2'] = attend('feat2', stages['feat2'])
+        outputs = [feat2, feat1]
         if self.num_classes:
-            neck = conv(stages['feat2'], 'neck', 256, 1)
+            neck = stages['neck'] = conv(feat2, 'neck', 256, 1)
             up = functional.upsample(conv(neck, 'upsample', 128, 1), 2)
-            stages['neck'], stages['upsampled'] = neck, attend(up, 'upsampled')
-            joined = jnp.concatenate([stages['upsampled'], stages['feat1']], -1)
-            outputs = [
-                head(neck, 32, 512, len(self.masks[0])),
-                head(joined, 16, 256, len(self.masks[1])),
-            ]
+            up = stages['upsampled'] = attend('upsampled', up)
+            of32, of16 = map(len, self.masks)
+            joined = jnp.concatenate([up, feat1], -1)
+            outputs = [head(neck, 32, 512, of32), head(joined, 16, 256, of16)]
         return (outputs, stages) if return_stages else outputs
 
 
@@ -261,12 +204,6 @@ def torch_names(network: YOLOv4Tiny) -> TorchNames:
     """Names of weights in the PyTorch YOLOv4-tiny, with each of the mechanism's schemes.
 
     'backbone' is the backbone alone, or the classifier that it was; without classes all is so.
-
-    Args:
-        network: the YOLOv4-tiny.
-
-    Returns:
-        Naming scheme -> foreign name -> our path.
     """
     unused = dict.fromkeys(('fc.weight', 'fc.bias'))
     alone = {'backbone': {'**': ('backbone/**', TORCH_NAMES), **unused}}
@@ -285,13 +222,11 @@ def torch_names(network: YOLOv4Tiny) -> TorchNames:
     ):
         names[f'{theirs}.conv.*'] = f'{ours}/conv/*'
         names[f'{theirs}.bn.*'] = f'{ours}/norm/*'
-    places = network.attention_places()
-    if not places:
+    sites = network.sites()
+    if not sites:
         return {'yolov4_tiny': names, **alone}
-    entry = attention_entry(network.attention)
-    module = create_attention(entry.name, **next(iter(places.values())))
-    tables = dict(names_for(entry, module))
-    repository = _REPOSITORY.get(entry.name)
+    tables = dict(mechanism_names(network.attention, sites))
+    repository = _REPOSITORY.get(network.attention)
     if isinstance(repository, str):
         tables = {repository: tables[repository]} | tables
     elif repository:
@@ -299,58 +234,41 @@ def torch_names(network: YOLOv4Tiny) -> TorchNames:
     parts = {'feat1': 'feat1_att', 'feat2': 'feat2_att', 'upsampled': 'upsample_att'}
     schemes = {
         f'yolov4_tiny.{scheme}': names
-        | {f'{parts[place]}.**': (f'{place}_attention/**', table) for place in places}
+        | {f'{parts[place]}.**': (f'{place}_attention/**', table) for place in sites['neck']}
         for scheme, table in tables.items()
     }
     return {**schemes, **alone}
 
 
 # The named networks. `phi` is the repository's number of a mechanism.
-_PHI: tuple[dict[str, Any], ...] = (
-    {},
-    {'attention': 'se', 'attention_args': {'use_bias': False}},
-    {
-        'attention': 'cbam',
-        'attention_args': {
-            'reduction': 8,
-            'mlp_bias': False,
-            'pool_order': 'mean_max',
-            'conv_norm': False,
-        },
-    },
-    {'attention': 'eca', 'attention_args': {'kernel_size': None}},
-    {
-        'attention': 'coordinate',
-        'attention_args': {
-            'reduction': 16,
-            'min_hidden': 1,
-            'use_bias': False,
-            'activation': 'relu',
-        },
-    },
-)
+_SE = {'use_bias': False}
+_CBAM = {'reduction': 8, 'mlp_bias': False, 'pool_order': 'mean_max', 'conv_norm': False}
+_ECA = {'kernel_size': None}
+_COORDINATE = {'reduction': 16, 'min_hidden': 1, 'use_bias': False, 'activation': 'relu'}
 
 
-def _register(name: str, num_classes: int, **description: Any) -> None:
-    description['num_classes'] = num_classes
-
-    def build(**arguments: Any) -> YOLOv4Tiny:
-        return create_described(YOLOv4Tiny, description, arguments)
-
-    register_model(
+def _network(name: str, num_classes: int, **description: Any) -> None:
+    register_described(
+        YOLOv4Tiny,
         name,
-        build,
+        {'num_classes': num_classes, **description},
         family='yolo',
         paper='arXiv 2011.08036',
         input_size=(416, 416),
-        num_classes=num_classes,
+        torch_names=torch_names,
         task='detection',
         preprocessing='pixels',
-        torch_names=torch_names,
     )
 
 
-_register('yolov4_tiny', 20)
-for _dataset, _classes in (('voc', 20), ('coco', 80)):
-    for _phi, _mechanism in enumerate(_PHI):
-        _register(f'yolov4_tiny_{_dataset}_phi{_phi}', _classes, **_mechanism)
+_network('yolov4_tiny', 20)
+_network('yolov4_tiny_voc_phi0', 20)
+_network('yolov4_tiny_voc_phi1', 20, attention='se', attention_args=_SE)
+_network('yolov4_tiny_voc_phi2', 20, attention='cbam', attention_args=_CBAM)
+_network('yolov4_tiny_voc_phi3', 20, attention='eca', attention_args=_ECA)
+_network('yolov4_tiny_voc_phi4', 20, attention='coordinate', attention_args=_COORDINATE)
+_network('yolov4_tiny_coco_phi0', 80)
+_network('yolov4_tiny_coco_phi1', 80, attention='se', attention_args=_SE)
+_network('yolov4_tiny_coco_phi2', 80, attention='cbam', attention_args=_CBAM)
+_network('yolov4_tiny_coco_phi3', 80, attention='eca', attention_args=_ECA)
+_network('yolov4_tiny_coco_phi4', 80, attention='coordinate', attention_args=_COORDINATE)

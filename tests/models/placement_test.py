@@ -81,11 +81,27 @@ def test_defaults_of_mobilenet(kind, expected):
 
 def test_mobilenet_has_no_place_for_what_replaces_a_convolution():
     with pytest.raises(ValueError, match="'sk' has no place in MobileNetV2"):
-        placement.resolve('sk', None, MOBILE, 'inverted', 'MobileNetV2')
+        placement.resolve('sk', None, None, MOBILE, 'inverted', 'MobileNetV2')
     with pytest.raises(ValueError, match='belongs to ResNet, not to MobileNetV2: use one of exp'):
-        placement.resolve('sk', 'conv2', MOBILE, 'inverted', 'MobileNetV2')
+        placement.resolve('sk', 'conv2', None, MOBILE, 'inverted', 'MobileNetV2')
     with pytest.raises(ValueError, match='belongs to MobileNetV2, not to ResNet: use one of br'):
-        placement.resolve('se', 'output', DEEP, 'bottleneck')
+        placement.resolve('se', 'output', None, DEEP, 'bottleneck')
+
+
+def test_sites():
+    by_stage = tuple({'reduction': r} for r in (1, 2, 3, 4))
+    assert placement.resolve('se', 'branch@2:0,3+4:1', by_stage, DEEP, 'bottleneck') == {
+        'stage2_block0': {'branch': {'reduction': 2}},
+        'stage2_block3': {'branch': {'reduction': 2}},
+        'stage4_block1': {'branch': {'reduction': 4}},
+    }
+    before_all = placement.resolve('se', 'pre_conv@2', by_stage, DEEP, 'bottleneck')
+    assert list(before_all) == ['stem', *(f'stage2_block{b}' for b in range(4))]
+    assert before_all['stem'] == {'pre_conv': {'reduction': 1}}
+    assert placement.resolve_neck('se', 'upsampled+feat1', by_stage[:2]) == {
+        'neck': {'upsampled': {'reduction': 1}, 'feat1': {'reduction': 2}}
+    }
+    assert placement.resolve(None, None, None, DEEP, 'bottleneck') == {}
 
 
 def test_a_head_has_no_place():

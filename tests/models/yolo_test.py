@@ -13,7 +13,7 @@ from flax import nnx, traverse_util
 import attention_jax
 from attention_jax.interop import nnx as bridge
 from attention_jax.interop import torch
-from attention_jax.models import yolo
+from attention_jax.models import placement
 from attention_jax.models.registry import model_entry
 from tests import helpers
 
@@ -78,7 +78,7 @@ def test_values(x64):
     model = tiny(**SE)
     variables = helpers.random_variables(model, X)
     got, _ = jax.jit(lambda v: model.apply(v, X, train=True, mutable=['batch_stats']))(variables)
-    want = reading(np, variables, X, yolo.PLACES, train=True)
+    want = reading(np, variables, X, placement.NECK, train=True)
     for output, expected in zip(got, want, strict=True):
         helpers.assert_close(output, expected)
 
@@ -149,15 +149,15 @@ def test_every_other_mechanism_at_every_place(name):
     assert shapes(model, (1, 256, 512, 3)) == [(1, 8, 16, 24), (1, 16, 32, 24)]
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 256, 512, 3)))
     paths = traverse_util.flatten_dict(variables, sep='/')
-    places = {place for place in yolo.PLACES if any(f'/{place}_attention' in p for p in paths)}
-    assert places == set(yolo.PLACES)
+    places = {place for place in placement.NECK if any(f'/{place}_attention' in p for p in paths)}
+    assert places == set(placement.NECK)
 
 
 def test_identity_init_leaves_the_plain_network():
     x = jnp.asarray(X, jnp.float32)
     gated = tiny(**SE, identity_init=True)
     variables = helpers.random_variables(gated, x, dtype=np.float32)
-    for place in yolo.PLACES:
+    for place in placement.NECK:
         variables['params'][f'{place}_attention_alpha'] = np.zeros(1, np.float32)
     got = jax.jit(gated.apply)(variables, x)
     want = jax.jit(tiny().apply)(variables, x)

@@ -3,15 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
+from attention_jax.models.attach import mechanism_names
 from attention_jax.models.resnet import ResNet
-from attention_jax.modules.registry import (
-    ForeignName,
-    TorchName,
-    TorchNames,
-    attention_entry,
-    create_attention,
-    names_for,
-)
+from attention_jax.modules.registry import ForeignName, TorchName, TorchNames, attention_entry
 
 Names = Mapping[str, TorchName]
 
@@ -44,21 +38,11 @@ class Naming:
 
 
 def torch_names(network: ResNet, *, naming: Naming = Naming()) -> TorchNames:
-    """Names of weights in the PyTorch ResNets.
-
-    Args:
-        network: the ResNet; blocks that stand between others shift the numbers after them.
-        naming: what the names of this network are.
-
-    Returns:
-        Naming scheme -> foreign name -> our path.
-    """
+    """Names of weights in the PyTorch ResNets: those of this network as `naming` says."""
     inner: dict[str, tuple[str, Names]] = {naming.backbone: ('', {})}
-    if network.attention is not None:
-        entry = attention_entry(network.attention)
-        module = create_attention(entry.name, **network.stage_arguments()[-1])
-        tables = names_for(entry, module)
-        prefixes = _PREFIXES.get(entry.name, (entry.name,))
+    if sites := network.sites():
+        tables = mechanism_names(network.attention, sites)
+        prefixes = _PREFIXES.get(network.attention, (network.attention,))
         if naming.prefix is not None:
             prefixes = (naming.prefix, *(p for p in prefixes if p != naming.prefix))
         schemes = sorted(tables, key=lambda scheme: scheme != naming.scheme)  # the others in order
@@ -98,21 +82,21 @@ def _torchvision(network: ResNet, prefix: str, table: Names, backbone: str) -> N
         names['**'] = ('pool/**', heads['gsop_net2'])
 
     first = 1 if network.shortcut == 'avg' else 0  # the pool takes a number
-    placement = network.resolved_placement()
+    sites = network.sites()
     below = _INSERTED.get(network.attention, '')
     inserted = 0
     for s, depth in enumerate(network.depths):
         position = 0
         for b in range(depth):
             block = f'stage{s + 1}_block{b}'
-            if placement and placement.at('before_block', s, b):
+            here = sites.get(block, {})
+            if 'before_block' in here:  # a block of theirs, which shifts the numbers after it
                 between = f'layer{s + 1}.{position}.{below}**'
                 names[between] = (f'{block}_before_block_attention/**', table)
                 position += 1
             theirs = f'layer{s + 1}.{position}'
-            replaced = placement and placement.inside(s, b)
-            for i in range(1, _convolutions(network) + 1):
-                if replaced == f'conv{i}':
+            for i in range(1, (2 if network.block == 'basic' else 3) + 1):
+                if f'conv{i}' in here:
                     names[f'{theirs}.conv{i}.**'] = (f'{block}/conv{i}/**', table)
                     continue
                 inner = f'{theirs}.conv{i}'
@@ -123,11 +107,11 @@ def _torchvision(network: ResNet, prefix: str, table: Names, backbone: str) -> N
             within = f'{theirs}.{prefix}' if prefix else theirs
             names[f'{within}.**'] = (f'{block}/attention/**', table)
             position += 1
-            if placement and placement.at('after_block', s, b):
+            if 'after_block' in here:
                 between = f'layer{s + 1}.{position}.{below}**'
                 names[between] = (f'{block}_after_block_attention/**', table)
                 position += 1
-            if placement and placement.at('stage', s, b):
+            if 'stage' in here:
                 inserted += 1
                 names[f'{prefix}{inserted}.**'] = (f'{block}_stage_attention/**', table)
     return names
@@ -152,8 +136,3 @@ def _byob(network: ResNet, prefix: str, table: Names) -> Names:
                 pair(f'{theirs}.{layer}', f'{block}/conv{i}/*', f'{block}/norm{i}/*')
             names[f'{theirs}.{prefix}.**'] = (f'{block}/attention/**', table)
     return names
-
-
-def _convolutions(network: ResNet) -> int:
-    """Number of convolutions of a block's branch."""
-    return 2 if network.block == 'basic' else 3
