@@ -26,12 +26,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from attention_jax.analysis import benchmark
 from attention_jax.models.registry import model_entry
-from attention_jax.tasks import create_task
-from attention_jax.tasks.classification.source import Description
 from attention_jax.training import sharding
-from attention_jax.training.optimizer import make_optimizer
-from attention_jax.training.state import abstract_state, make_init
-from attention_jax.training.step import jit_train_step, make_train_step
+from attention_jax.training.program import Program, make_program
 from configs import base, yolov4_tiny
 
 # Network, images a batch and their size, as the tables in the README and docs have them.
@@ -75,7 +71,7 @@ COMPILES = (
 
 def detects(name: str) -> bool:
     """Whether a network finds boxes."""
-    return model_entry(name).family == 'yolo'
+    return model_entry(name).task == 'detection'
 
 
 def random_boxes(batch: int) -> np.ndarray:
@@ -87,8 +83,8 @@ def random_boxes(batch: int) -> np.ndarray:
     return np.concatenate([centers, sides, classes], -1).astype(np.float32)
 
 
-def build(name: str, batch: int, size: int) -> tuple[Any, Any, dict[str, Any]]:
-    """The jitted training step of a network, and the shapes of its state and batch."""
+def build(name: str, batch: int, size: int) -> Program:
+    """The training step of a network, on one device."""
     entry = model_entry(name)
     config = yolov4_tiny.get_config('voc') if detects(name) else base.get_config('imagenet2012')
     config.model.name = name
@@ -103,22 +99,15 @@ def build(name: str, batch: int, size: int) -> tuple[Any, Any, dict[str, Any]]:
         std=(0.229, 0.224, 0.225),
         flip=True,
     )
-    task = create_task(config, description)
-    optimizer = make_optimizer(config.optimizer, lambda step: jnp.float32(0.1))
-    example = task.abstract_batch(batch)
-    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-    init = make_init(task.model, optimizer, jax.eval_shape(task.inputs, example), ema=False)
-    state = abstract_state(init, mesh)
-    step = jit_train_step(make_train_step(task, optimizer), state, mesh)
-    return step, init, {'state': state, 'batch': example}
+    return make_program(config, description, sharding.make_mesh(1, 1, jax.devices()[:1]))
 
 
 def measure_compile(name: str) -> dict[str, Any]:
     """Seconds to trace and to compile one network's training step."""
     size = min(224, max(model_entry(name).input_size))
-    step, _, shapes = build(name, 2, size)
+    program = build(name, 2, size)
     started = time.perf_counter()
-    lowered = step.lower(shapes['state'], shapes['batch'])
+    lowered = program.train_step.lower(program.state, program.batch)
     traced = time.perf_counter()
     lowered.compile()
     compiled = time.perf_counter()
@@ -132,20 +121,20 @@ def measure_compile(name: str) -> dict[str, Any]:
 
 def ours(name: str, batch: int, size: int) -> Callable[[], None]:
     """A function that takes one training step and waits for it."""
-    step, init, shapes = build(name, batch, size)
-    state = jax.jit(init)(jax.random.key(0))
+    program = build(name, batch, size)
+    state = jax.jit(program.init)(jax.random.key(0))
     random = np.random.default_rng(0)
-    images = random.integers(0, 256, shapes['batch']['image'].shape, np.uint8)
+    images = random.integers(0, 256, program.batch['image'].shape, np.uint8)
     data = {'image': jnp.asarray(images)}
     if detects(name):
-        shape = shapes['batch']['boxes'].shape
+        shape = program.batch['boxes'].shape
         found = random_boxes(batch)
         boxes, classes = np.zeros(shape, np.float32), np.full(shape[:2], -1, np.int32)
         boxes[:, :BOXES], classes[:, :BOXES] = found[..., :4], found[..., 4]
         data |= {'boxes': jnp.asarray(boxes), 'classes': jnp.asarray(classes)}
     else:
         data['label'] = jnp.asarray(random.integers(0, 10, (batch,)).astype(np.int32))
-    compiled = step.lower(state, data).compile()
+    compiled = program.train_step.lower(state, data).compile()
     kept = [state]
 
     def run() -> None:

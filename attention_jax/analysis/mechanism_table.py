@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from attention_jax.analysis import compiled, markdown, tables
+from attention_jax.analysis import compiled, markdown
+from attention_jax.models.costs import costs
 from attention_jax.modules.registry import attention_entry, create_attention, list_attention
 
 SHAPE = (1, 56, 56, 256)  # of what is counted, float32
@@ -76,7 +77,7 @@ def table(
 def row(name: str) -> list[str]:
     """The cells that need no compiler: name, paper, parameters, MACs, complexity, file."""
     entry, module, arguments = attention_entry(name), *example(name, SHAPE)
-    counts = tables.costs(module, *[SHAPE] * entry.maps)
+    counts = costs(module, *[SHAPE] * entry.maps)
     given = ', '.join(f'{key}={value}' for key, value in arguments.items())
     title = f'[{entry.paper}](https://arxiv.org/abs/{entry.arxiv})' if entry.arxiv else entry.paper
     path = entry.cls.__module__.replace('.', '/') + '.py'

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from attention_jax.analysis import markdown, tables
+from attention_jax.analysis import markdown
+from attention_jax.models.costs import costs
 from attention_jax.models.registry import create_model, list_models, model_entry
 
 PLACE = 'networks'  # of the table in its file
@@ -59,7 +60,7 @@ def row(name: str) -> list[str]:
     size = 'x'.join(map(str, sides))
     if entry.num_classes != 1000:
         size += f' ({entry.num_classes} classes)'
-    counts = tables.costs(create_model(name), (1, *sides, 3))
+    counts = costs(create_model(name), (1, *sides, 3))
     claims = [f'{accuracy:.2f} ({whose})' for accuracy, whose in entry.published]
     return [
         f'`{name}`',

@@ -207,5 +207,4 @@ register_model(
     num_classes=0,
     preprocessing='pixels',
     torch_names={'yolov4_tiny': TORCH_NAMES},
-    preprocessing='pixels',
 )

@@ -210,7 +210,8 @@ def default(
     (the five blocks of the non-local networks in bottleneck ResNets of 50 layers and more, else one
     after the last block of the last stage but one), `inserted_before` (one before the last block
     of that stage). In MobileNetV2 `output` stands for `branch`, as in the networks of ECA and
-    Triplet, and `depthwise_pre_norm` for `conv2_pre_norm`, as in SimAM's. The arguments are those of `resolve`.
+    Triplet, and `depthwise_pre_norm` for `conv2_pre_norm`, as in SimAM's. The arguments are those
+    of `resolve`.
 
     Raises:
         ValueError: the mechanism is a head, takes several maps or stands for a convolution that the

@@ -1,5 +1,6 @@
 """Records of a run: metrics.jsonl, TensorBoard events and summary.json."""
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -61,6 +62,23 @@ class MetricsWriter:
         if self._enabled:
             self._file.close()
             self._events.close()
+
+
+@dataclasses.dataclass
+class Window:
+    """What happened since the last row: the task's sums, time, and time without data."""
+
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    grad_norm: float = 0.0
+    steps: int = 0
+    seconds: float = 0.0
+    wait: float = 0.0
+
+    def add(self, sums: Mapping[str, float], grad_norm: float) -> None:
+        """Adds one step's numbers."""
+        self.steps += 1
+        self.sums = {k: self.sums.get(k, 0) + v for k, v in sums.items()}
+        self.grad_norm = grad_norm
 
 
 def read_rows(path: pathlib.Path, last: float = math.inf) -> list[dict[str, float]]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 # Elements below which a parameter is cheaper to keep whole than to gather for every use.
 MIN_SIZE = 2**14
@@ -29,9 +30,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
         ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    if fsdp < 1 or data == 0 or data < -1:
-        raise ValueError(f'mesh.data {data} and mesh.fsdp {fsdp} must be positive (data may be -1)')
-    sizes = (len(devices) // fsdp if data == -1 else data, fsdp)
+    sizes = (len(devices) // max(fsdp, 1) if data == -1 else data, fsdp)
     if sizes[0] * sizes[1] != len(devices):
         raise ValueError(
             f'mesh.data {data} times mesh.fsdp {fsdp} must be the number of devices, {len(devices)}'
@@ -40,10 +39,30 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     return jax.make_mesh(sizes, ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
+def mesh_of(config: ConfigDict) -> Mesh:
+    """Returns the mesh that a config asks for, over all devices.
+
+    Raises:
+        ValueError: the devices cannot be divided so, or the batch not among them.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    check_batch_size(config.train.batch_size, mesh)
+    return mesh
+
+
+def describe(mesh: Mesh) -> str:
+    """Returns e.g. '8 x cpu (data 4, fsdp 2)'."""
+    shape = ', '.join(f'{name} {size}' for name, size in mesh.shape.items())
+    return f'{mesh.size} x {mesh.devices.flat[0].device_kind} ({shape})'
+
+
+def this_process() -> dict[str, int]:
+    """Returns which part of each batch is this process's."""
+    return {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+
+
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises a ValueError unless every device gets the same number of examples."""
-    if batch_size < 1:
-        raise ValueError(f'train.batch_size must be positive, got {batch_size}')
     if batch_size % mesh.size:
         below = batch_size - batch_size % mesh.size
         near = [str(size) for size in (below, below + mesh.size) if size]
@@ -82,6 +101,12 @@ def with_sharding(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=state_sharding(mesh, x)), tree
     )
+
+
+def with_batch_sharding(mesh: Mesh, tree: Any) -> Any:
+    """Returns the abstract batch `tree` with the sharding of each array in it."""
+    split = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), tree)
 
 
 def global_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -52,14 +52,13 @@ def make_init(
     Args:
         model: the network.
         optimizer: see `optimizer.make_optimizer`.
-        inputs: shape and type of what the network takes; the batch size does not matter.
+        inputs: shape and type of what the network takes.
         ema: keep a moving average of the variables.
     """
 
     def init(key: jax.Array) -> State:
         params_key, rng = jax.random.split(key)
-        example = jnp.zeros((1, *inputs.shape[1:]), inputs.dtype)
-        collections = dict(model.init(params_key, example))
+        collections = dict(model.init(params_key, jnp.zeros(inputs.shape, inputs.dtype)))
         params = collections.pop('params')
         return State(
             step=jnp.int32(0),

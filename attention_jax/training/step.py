@@ -1,4 +1,4 @@
-"""One step of training and of evaluation: pure functions of state and batch, and their jits."""
+"""One step of training and of evaluation: pure functions of state and batch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,10 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from attention_jax.tasks import Batch, Measured, Task
-from attention_jax.training import sharding
 from attention_jax.training.state import State
 
 TrainStep = Callable[[State, Batch], tuple[State, dict[str, Any]]]
@@ -66,31 +64,6 @@ def make_eval_step(task: Task) -> EvalStep:
         return task.measure(task.model.apply(variables, task.inputs(batch)), batch)
 
     return eval_step
-
-
-def jit_train_step(train_step: TrainStep, abstract: State, mesh: Mesh) -> Any:
-    """Returns the jitted step on `mesh`; it takes the state's memory for the new state.
-
-    To compile it without data, for devices that need not be there:
-    `jit_train_step(step, abstract, mesh).lower(abstract, task.abstract_batch(size)).compile()`.
-
-    Args:
-        train_step: see `make_train_step`.
-        abstract: see `state.abstract_state`.
-        mesh: see `sharding.make_mesh`.
-    """
-    state = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(
-        train_step,
-        in_shardings=(state, sharding.batch_sharding(mesh)),
-        out_shardings=(state, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
-
-
-def jit_eval_step(eval_step: EvalStep, mesh: Mesh) -> Any:
-    """Returns the jitted evaluation step on `mesh`, for arrays that lie there."""
-    return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 
 
 def _moving_average(average: Any, new: Any, decay: float) -> Any:

@@ -145,7 +145,7 @@ def test_concat_windows_follow_the_groups():
     ],
 )
 def test_counts_of_the_other_modes(mode, parameters, macs):
-    from attention_jax.analysis.tables import costs
+    from attention_jax.models.costs import costs
 
     counts = costs(GlobalSecondOrderPooling(mode=mode), (1, 56, 56, 256))
     assert counts['parameters'] == parameters

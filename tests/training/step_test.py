@@ -10,25 +10,21 @@ import pytest
 from ml_collections import ConfigDict
 
 from attention_jax import data
-from attention_jax.tasks import create_task, open_source
+from attention_jax.tasks import open_source
 from attention_jax.training import sharding
-from attention_jax.training.optimizer import make_optimizer
-from attention_jax.training.state import State, abstract_state, create_state, make_init
-from attention_jax.training.step import (
-    jit_eval_step,
-    jit_train_step,
-    make_eval_step,
-    make_train_step,
-)
+from attention_jax.training.program import make_program
+from attention_jax.training.state import State, create_state
 from configs import base, yolov4_tiny
+
+# The update is minus the gradient.
+PLAIN_SGD = {'name': 'sgd', 'learning_rate': 1.0, 'momentum': 0.0, 'nesterov': False}
+PLAIN_SGD |= {'weight_decay': 0.0}
 
 
 def plain_sgd(**settings: Any) -> ConfigDict:
-    """A config whose update is minus the gradient."""
     config = base.get_config('digits')
-    config.train.batch_size = 16
-    config.optimizer.update({'momentum': 0.0, 'nesterov': False, 'weight_decay': 0.0})
-    config.train.update(settings)
+    config.optimizer.update(PLAIN_SGD)
+    config.train.update({'batch_size': 16, **settings})
     return config
 
 
@@ -37,9 +33,8 @@ def plain_sgd_of_boxes() -> ConfigDict:
     config = yolov4_tiny.get_config()
     config.model.arguments.width = 0.125
     config.data.image_size = 64
+    config.optimizer.update(PLAIN_SGD)
     config.train.batch_size = 16
-    config.optimizer.name = 'sgd'
-    config.optimizer.update({'momentum': 0.0, 'nesterov': False, 'weight_decay': 0.0})
     return config
 
 
@@ -59,21 +54,14 @@ def batch_of(task: str) -> dict[str, np.ndarray]:
 def one_step(config: ConfigDict, devices: int, fsdp: int = 1, steps: int = 1) -> tuple[Any, ...]:
     """The state before, the state after, and what the step gave."""
     source = open_source(config, 'train', train=True)
-    task = create_task(config, source.description)
-    optimizer = make_optimizer(config.optimizer, lambda step: 1.0)
     mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
-    inputs = jax.eval_shape(task.inputs, task.abstract_batch(16))
-    init = make_init(task.model, optimizer, inputs, ema=config.train.ema_decay > 0)
-    abstract = abstract_state(init, mesh)
+    program = make_program(config, source.description, mesh)
     with jax.set_mesh(mesh):
-        state = create_state(init, abstract, seed=0)
+        state = create_state(program.init, program.state, seed=0)
         before = jax.device_get((state.params, state.collections))
-        step = make_train_step(task, optimizer, ema_decay=config.train.ema_decay)
-        step = jit_train_step(step, abstract, mesh)
         batch = sharding.global_batch(mesh, batch_of(config.task))
         for _ in range(steps):
-            state, outputs = step(state, batch)
-        eval_step = jit_eval_step(make_eval_step(task), mesh)
+            state, outputs = program.train_step(state, batch)
         mask = sharding.global_batch(mesh, {'mask': np.repeat(np.float32([1, 0]), [11, 5])})
         if config.task == 'detection':  # what only its evaluation has
             mask |= sharding.global_batch(
@@ -83,7 +71,7 @@ def one_step(config: ConfigDict, devices: int, fsdp: int = 1, steps: int = 1) ->
                     'shape': np.full((16, 2), 64, np.int32),
                 },
             )
-        measured = eval_step(state.variables, batch | mask)
+        measured = program.eval_step(state.variables, batch | mask)
     return before, state, outputs, measured
 
 
@@ -176,14 +164,9 @@ def test_moving_average_is_evaluated():
 
 def test_step_compiles_from_shapes_alone():
     config = plain_sgd()
-    description = open_source(config, 'train').description
-    task = create_task(config, description)
-    optimizer = make_optimizer(config.optimizer, lambda step: 1.0)
     mesh = sharding.make_mesh()
-    inputs = jax.eval_shape(task.inputs, task.abstract_batch(16))
-    abstract = abstract_state(make_init(task.model, optimizer, inputs, ema=False), mesh)
-    assert isinstance(abstract, State)
-    step = jit_train_step(make_train_step(task, optimizer), abstract, mesh)
+    program = make_program(config, open_source(config, 'train').description, mesh)
+    assert isinstance(program.state, State)
     with jax.set_mesh(mesh):
-        compiled = step.lower(abstract, task.abstract_batch(16)).compile()
+        compiled = program.train_step.lower(program.state, program.batch).compile()
     assert 'all-reduce' in compiled.as_text()

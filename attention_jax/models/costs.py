@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a network, layer by layer, without computing anything."""
+"""Parameters and multiply-accumulates of a network, from shapes: nothing is computed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,7 @@ def costs(module: nn.Module, *input_shapes: Sequence[int]) -> dict[str, int]:
         `parameters` (trainable ones), `macs` (convolutions and dense layers: outputs * window *
         c_in / groups) and `matmul` (products between two activations).
     """
-    with cost.tally() as counts:
-        variables = _variables(module, input_shapes)
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables.get('params', {})))
-    return {'parameters': parameters, **counts}
+    return _trace(module, input_shapes)[1]
 
 
 def parameter_table(module: nn.Module, *input_shapes: Sequence[int]) -> str:
@@ -39,9 +36,9 @@ def parameter_table(module: nn.Module, *input_shapes: Sequence[int]) -> str:
     Returns:
         Text, a line an array: path, shape, type and number of entries; then the totals.
     """
-    counts = costs(module, *input_shapes)
+    variables, counts = _trace(module, input_shapes)
     rows = [('array', 'shape', 'type', 'entries')]
-    for path, leaf in traverse_util.flatten_dict(_variables(module, input_shapes), sep='/').items():
+    for path, leaf in traverse_util.flatten_dict(variables, sep='/').items():
         shape = 'x'.join(map(str, leaf.shape)) or 'scalar'
         rows.append((path, shape, str(leaf.dtype), f'{math.prod(leaf.shape):,}'))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -60,7 +57,13 @@ def parameter_table(module: nn.Module, *input_shapes: Sequence[int]) -> str:
     return '\n'.join([lines[0], rule, *lines[1:], rule, *totals])
 
 
-def _variables(module: nn.Module, input_shapes: Sequence[Sequence[int]]) -> Mapping[str, Any]:
+def _trace(
+    module: nn.Module, input_shapes: Sequence[Sequence[int]]
+) -> tuple[Mapping[str, Any], dict[str, int]]:
+    """The shapes of a module's variables, and what `costs` returns."""
     inputs = [jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for shape in input_shapes]
-    # A new function each time: what JAX has traced before it does not trace, nor count, again.
-    return jax.eval_shape(lambda *inputs: module.init(jax.random.key(0), *inputs), *inputs)
+    with cost.tally() as counts:
+        # A new function each time: what JAX has traced before it does not trace, nor count, again.
+        variables = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x), *inputs)
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables.get('params', {})))
+    return variables, {'parameters': parameters, **counts}
