@@ -26,6 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from attention_jax.analysis import benchmark
 from attention_jax.models.registry import model_entry
+from attention_jax.tasks.classification.source import Description
 from attention_jax.training import sharding
 from attention_jax.training.program import Program, make_program
 from configs import base, yolov4_tiny

@@ -15,7 +15,6 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from attention_jax import data
 from attention_jax.analysis.devices import CHIPS, first_line, parse_device, topology_devices
 from attention_jax.analysis.hlo import batch_gathers, bytes_moved, collectives, read_program
 from attention_jax.config import check, defaults, load_config
@@ -23,6 +22,7 @@ from attention_jax.models.costs import costs
 from attention_jax.models.registry import model_entry
 from attention_jax.modules.registry import create_attention
 from attention_jax.tasks import open_source
+from attention_jax.tasks.classification.source import Description
 from attention_jax.training import sharding
 from attention_jax.training.program import make_program
 
@@ -150,7 +150,7 @@ def _describe_data(config: ConfigDict) -> tuple[Any, str]:
             note = f'data set {config.data.name} is not here: images as the network is counted with'
     if description is None:
         size = config.data.image_size or entry.input_size
-        description = data.Description(
+        description = Description(
             name=config.data.name or '',
             image_shape=(*((size, size) if isinstance(size, int) else size), 3),
             num_classes=entry.num_classes,
