@@ -5,35 +5,21 @@ import math
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.functional import cost, covariance
+from attention_jax.functional import covariance
 from attention_jax.functional.broadcast import expand_to
+from attention_jax.functional.contract import contract
 from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.gating import rescale
 from attention_jax.modules.initializers import kaiming_fan_out, torch_bias
 from attention_jax.modules.layers import BatchNorm, Conv, Dense
 from attention_jax.modules.maps import sow_map
-from attention_jax.modules.registry import TorchName, register_attention
-
-_MODES = ('channel', 'position', 'fusion_avg', 'fusion_max', 'fusion_concat')
-_ACTIVATIONS = {
-    'identity': lambda v: v,
-    'leaky_relu': functools.partial(jax.nn.leaky_relu, negative_slope=0.1),
-}
-
-
-def _branch_names(theirs: str, rows: str, ours: str) -> dict[str, TorchName]:
-    return {
-        f'conv_for_DR{theirs}.*': (f'{ours}_reduce/*', 'o i 1 1 -> i o'),
-        f'bn_for_DR{theirs}.*': f'{ours}_reduce_norm/*',
-        f'row_bn{rows}.*': f'{ours}_row_norm/*',
-        f'row_conv_group{rows}.weight': (f'{ours}_row_conv/kernel', '(i m) 1 j 1 -> i j m'),
-        f'row_conv_group{rows}.bias': (f'{ours}_row_conv/bias', '(i m) -> i m'),
-        f'fc_adapt_channels{rows}.*': (f'{ours}_expand/*', 'o i 1 1 -> i o'),
-    }
+from attention_jax.modules.positions import flatten_positions
+from attention_jax.modules.registry import ForeignName, TorchName, pointwise, register_attention
 
 
 class GlobalSecondOrderPooling(nn.Module):
@@ -93,28 +79,16 @@ class GlobalSecondOrderPooling(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Gates the channels of x, its positions, or both.
-
-        Args:
-            x: `[..., h, w, c]`, before any activation.
-            train: uses the batch's statistics in the norms.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: an unknown name, a number below its least, an even kernel, or channels that
-                do not make the groups of 'fusion_concat'.
-        """
+        """Gates x `[..., h, w, c]`, taken before any activation; `train` is for the norms."""
         self._check(x)
         x = x.astype(self.dtype or x.dtype)
         both = self.mode.startswith('fusion')
         if self.mode != 'position':
-            gates = self._channel(x, train=train)
+            gates = self._channel(x, train)
             sow_map(self, lambda: gates, 'channel' if both else 'map')
             a = rescale(x, gates)
         if self.mode != 'channel':
-            plane = self._position(x, train=train)
+            plane = self._position(x, train)
             sow_map(self, lambda: plane, 'position' if both else 'map')
             p = jax.nn.relu(rescale(x, plane[..., None]))
 
@@ -127,8 +101,72 @@ class GlobalSecondOrderPooling(nn.Module):
                 return a + p
             case 'fusion_max':
                 return jnp.maximum(a, p)
-        y = self._concat(a, 'concat_channel') + self._concat(p, 'concat_position')
-        return BatchNorm(param_dtype=self.param_dtype, name='concat_norm')(y, train=train)
+        return self._concat(a, p, train)
+
+    def _channel(self, x: jax.Array, train: bool) -> jax.Array:
+        """A, `[..., c]`."""
+        s = self.strides
+        z = jax.nn.relu(self._reduce(x[..., ::s, ::s, :], 'channel', train))
+        v = self._rows(covariance.covariance(z), 'channel', train)
+        return self._expand(_ACTIVATIONS[self.channel_activation](v), x.shape[-1], 'channel')
+
+    def _position(self, x: jax.Array, train: bool) -> jax.Array:
+        """P, `[..., h, w]`."""
+        z = self._reduce(x, 'position', train)
+        cells = functional.adaptive_avg_pool(z, self.grid)
+        n, d = math.prod(self.grid), self.hidden
+        # Cells are now the variables, channels the observations.
+        cells = rearrange(flatten_positions(cells), '... n d -> ... 1 d n')
+        s = covariance.covariance(cells)
+        if self.position_centering == 'grid':
+            mean = functional.spatial_mean(cells)
+            s = d / n * (s + (1 - d / n) * mean[..., :, None] * mean[..., None, :])
+        v = jax.nn.relu(self._rows(s, 'position', train))
+        gates = self._expand(v, n, 'position')
+        gates = rearrange(gates, '... (h w) -> ... h w 1', h=self.grid[0])
+        return functional.adaptive_avg_pool(gates, x.shape[-3:-1])[..., 0]
+
+    def _concat(self, a: jax.Array, p: jax.Array, train: bool) -> jax.Array:
+        """`norm(conv(a) + conv(p))`."""
+        c = a.shape[-1]
+        if self.groups is None and c < 64:
+            raise ValueError(
+                f"groups None makes groups of 64 channels in mode 'fusion_concat', but x has "
+                f'{c}: give groups'
+            )
+        groups, window = c // 64 if self.groups is None else self.groups, self.kernel_size
+        checks.divides('groups', groups, 'the channels', c)
+        if window is None:
+            window = 2 * int(math.log2(32 / groups)) + 5
+        checks.odd('kernel_size', window)
+        init = {'kernel_init': kaiming_fan_out, 'param_dtype': self.param_dtype}
+        conv = functools.partial(Conv, c, (window, 1), groups=groups, **init)
+        y = conv(name='concat_channel')(a) + conv(name='concat_position')(p)
+        return self._norm('concat_norm')(y, train=train)
+
+    def _reduce(self, x: jax.Array, branch: str, train: bool) -> jax.Array:
+        z = self._dense(self.hidden, f'{branch}_reduce')(jax.nn.relu(x))
+        return self._norm(f'{branch}_reduce_norm')(z, train=train)
+
+    def _rows(self, s: jax.Array, branch: str, train: bool) -> jax.Array:
+        """`[..., d, d]` -> `[..., d, e]`: each row normed, then e numbers from it.
+
+        The norm has its channels last. S is symmetric, so that its columns are its rows: normed
+        over them it is the transpose of what is wanted.
+        """
+        s = self._norm(f'{branch}_row_norm')(s, train=train)
+        return _RowConv(self.expansion, self.param_dtype, name=f'{branch}_row_conv')(s)
+
+    def _expand(self, v: jax.Array, features: int, branch: str) -> jax.Array:
+        v = rearrange(v, '... i m -> ... (i m)')
+        return jax.nn.sigmoid(self._dense(features, f'{branch}_expand')(v))
+
+    def _dense(self, features: int, name: str) -> Dense:
+        types = {'param_dtype': self.param_dtype}
+        return Dense(features, kernel_init=kaiming_fan_out, **types, name=name)
+
+    def _norm(self, name: str) -> BatchNorm:
+        return BatchNorm(param_dtype=self.param_dtype, name=name)
 
     def _check(self, x: jax.Array) -> None:
         checks.feature_map(x)
@@ -139,88 +177,44 @@ class GlobalSecondOrderPooling(nn.Module):
             checks.at_least(name, getattr(self, name), 1)
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise ValueError(f'grid must be two positive numbers of cells, got {self.grid}')
-        if self.mode == 'fusion_concat':
-            c = x.shape[-1]
-            if self.groups is None and c < 64:
-                raise ValueError(
-                    f"groups None makes groups of 64 channels in mode 'fusion_concat', but x has "
-                    f'{c}: give groups'
-                )
-            checks.divides('groups', self._groups(c), 'the channels', c)
-            checks.odd('kernel_size', self._window(c))
 
-    def _groups(self, c: int) -> int:
-        return c // 64 if self.groups is None else self.groups
 
-    def _window(self, c: int) -> int:
-        if self.kernel_size is not None:
-            return self.kernel_size
-        return 2 * int(math.log2(32 / self._groups(c))) + 5
+class _RowConv(nn.Module):
+    """`v[i, m] = sum_j s[j, i] kernel[i, j, m] + bias[i, m]`, a kernel for each row i."""
 
-    def _channel(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """A, `[..., c]`."""
-        s = self.strides
-        z = jax.nn.relu(self._reduce(x[..., ::s, ::s, :], 'channel', train=train))
-        v = self._rows(covariance.covariance(z), 'channel', train=train)
-        v = _ACTIVATIONS[self.channel_activation](v)
-        return self._expand(v, x.shape[-1], 'channel')
+    features: int
+    param_dtype: Dtype
 
-    def _position(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """P, `[..., h, w]`."""
-        z = self._reduce(x, 'position', train=train)
-        cells = functional.adaptive_avg_pool(z, self.grid)
-        n, d = math.prod(self.grid), self.hidden
-        # Cells are now the variables, channels the observations, `[..., 1, d, n]`.
-        cells = cells.reshape(*x.shape[:-3], 1, n, d).swapaxes(-1, -2)
-        s = covariance.covariance(cells)
-        if self.position_centering == 'grid':
-            mean = functional.spatial_mean(cells)
-            s = d / n * (s + (1 - d / n) * mean[..., :, None] * mean[..., None, :])
-        v = jax.nn.relu(self._rows(s, 'position', train=train))
-        gates = self._expand(v, n, 'position').reshape(*x.shape[:-3], *self.grid, 1)
-        return functional.adaptive_avg_pool(gates, x.shape[-3:-1])[..., 0]
+    @nn.compact
+    def __call__(self, s: jax.Array) -> jax.Array:
+        d, e = s.shape[-1], self.features
+        init = initializers.normal(math.sqrt(2 / e) / d)  # He et al. with PyTorch's fan-out, e d^2
+        kernel = self.param('kernel', init, (d, d, e), self.param_dtype).astype(s.dtype)
+        bias = self.param('bias', torch_bias(d), (d, e), self.param_dtype).astype(s.dtype)
+        v = contract('...ji,ijm->...im', s, kernel, count='macs')
+        return v + expand_to(bias, v)
 
-    def _reduce(self, x: jax.Array, branch: str, *, train: bool) -> jax.Array:
-        z = Dense(
-            self.hidden,
-            kernel_init=kaiming_fan_out,
-            param_dtype=self.param_dtype,
-            name=f'{branch}_reduce',
-        )(jax.nn.relu(x))
-        norm = BatchNorm(param_dtype=self.param_dtype, name=f'{branch}_reduce_norm')
-        return norm(z, train=train)
 
-    def _rows(self, s: jax.Array, branch: str, *, train: bool) -> jax.Array:
-        """`[..., d, d]` -> `[..., d, e]`: each row normed, then e numbers from it.
+_MODES = ('channel', 'position', 'fusion_avg', 'fusion_max', 'fusion_concat')
+_ACTIVATIONS = {
+    'identity': lambda v: v,
+    'leaky_relu': functools.partial(jax.nn.leaky_relu, negative_slope=0.1),
+}
 
-        The norm has its channels last. S is symmetric, so that its columns are its rows: normed
-        over them it is the transpose of what is wanted.
-        """
-        norm = BatchNorm(param_dtype=self.param_dtype, name=f'{branch}_row_norm')
-        conv = _RowConv(self.expansion, self.param_dtype, name=f'{branch}_row_conv')
-        return conv(norm(s, train=train))
 
-    def _expand(self, v: jax.Array, features: int, branch: str) -> jax.Array:
-        v = v.reshape(*v.shape[:-2], -1)
-        return jax.nn.sigmoid(
-            Dense(
-                features,
-                kernel_init=kaiming_fan_out,
-                param_dtype=self.param_dtype,
-                name=f'{branch}_expand',
-            )(v)
-        )
-
-    def _concat(self, y: jax.Array, name: str) -> jax.Array:
-        c = y.shape[-1]
-        return Conv(
-            c,
-            (self._window(c), 1),
-            groups=self._groups(c),
-            kernel_init=kaiming_fan_out,
-            param_dtype=self.param_dtype,
-            name=name,
-        )(y)
+def _branch_names(theirs: str, rows: str, ours: str) -> dict[ForeignName, TorchName]:
+    return {
+        **pointwise(
+            {
+                f'conv_for_DR{theirs}': f'{ours}_reduce',
+                f'fc_adapt_channels{rows}': f'{ours}_expand',
+            }
+        ),
+        f'bn_for_DR{theirs}.*': f'{ours}_reduce_norm/*',
+        f'row_bn{rows}.*': f'{ours}_row_norm/*',
+        f'row_conv_group{rows}.weight': (f'{ours}_row_conv/kernel', '(i m) 1 j 1 -> i j m'),
+        f'row_conv_group{rows}.bias': (f'{ours}_row_conv/bias', '(i m) -> i m'),
+    }
 
 
 register_attention(
@@ -252,20 +246,3 @@ register_attention(
         }
     },
 )
-
-
-class _RowConv(nn.Module):
-    """`v[i, m] = sum_j s[j, i] kernel[i, j, m] + bias[i, m]`, a kernel for each row i."""
-
-    features: int
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, s: jax.Array) -> jax.Array:
-        d, e = s.shape[-1], self.features
-        init = initializers.normal(math.sqrt(2 / e) / d)  # He et al. with PyTorch's fan-out, e d^2
-        kernel = self.param('kernel', init, (d, d, e), self.param_dtype).astype(s.dtype)
-        bias = self.param('bias', torch_bias(d), (d, e), self.param_dtype).astype(s.dtype)
-        cost.add('macs', s.size * e)
-        v = jnp.einsum('...ji,ijm->...im', s, kernel)
-        return v + expand_to(bias, v)

@@ -9,7 +9,7 @@ from attention_jax.functional import covariance
 from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.initializers import kaiming_fan_out
 from attention_jax.modules.layers import BatchNorm, Dense
-from attention_jax.modules.registry import register_attention
+from attention_jax.modules.registry import pointwise, register_attention
 
 
 class IterativeSqrtCovariancePooling(nn.Module):
@@ -59,21 +59,14 @@ class IterativeSqrtCovariancePooling(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Pools a map to a descriptor.
-
-        Args:
-            x: `[..., h, w, c]`, more than one position.
-            train: uses the batch's statistics in the norm.
-
-        Returns:
-            `[..., d (d + 1) / 2]`, or `[..., d, d]` if not `vectorize`.
+        """Pools x `[..., h, w, c]` to a descriptor; `train` is for the norm.
 
         Raises:
-            ValueError: an unknown triangle, a number below its least, or x of one position (a zero
-                covariance has no direction to normalise).
+            ValueError: x of one position (a zero covariance has no direction to normalise).
         """
         checks.feature_map(x)
         checks.choice('triangle', self.triangle, covariance.TRIANGLES)
+        checks.at_least('hidden', self.hidden, 1)
         checks.at_least('iterations', self.iterations, 1)
         checks.at_least('epsilon', self.epsilon, 0)
         if self.square_root and x.shape[-3:-1] == (1, 1):
@@ -84,16 +77,10 @@ class IterativeSqrtCovariancePooling(nn.Module):
         z = x.astype(self.dtype or x.dtype)
 
         if self.hidden is not None:
-            checks.at_least('hidden', self.hidden, 1)
-            z = Dense(
-                self.hidden,
-                use_bias=False,
-                kernel_init=kaiming_fan_out,
-                param_dtype=self.param_dtype,
-                name='reduce',
-            )(z)
-            z = BatchNorm(param_dtype=self.param_dtype, name='reduce_norm')(z, train=train)
-            z = jax.nn.relu(z)
+            types = {'param_dtype': self.param_dtype}
+            init = {'use_bias': False, 'kernel_init': kaiming_fan_out}
+            z = Dense(self.hidden, **init, **types, name='reduce')(z)
+            z = jax.nn.relu(BatchNorm(**types, name='reduce_norm')(z, train=train))
         s = covariance.covariance(z)
         if self.square_root:
             s = covariance.square_root(s, self.iterations, epsilon=self.epsilon)
@@ -122,11 +109,11 @@ register_attention(
     },
     torch_names={
         'authors': {
-            'conv_dr_block.0.*': ('reduce/*', 'o i 1 1 -> i o'),
+            **pointwise({'conv_dr_block.0': 'reduce'}),
             'conv_dr_block.1.*': 'reduce_norm/*',
         },
         'gsop_net2': {
-            'layer_reduce.*': ('reduce/*', 'o i 1 1 -> i o'),
+            **pointwise({'layer_reduce': 'reduce'}),
             'layer_reduce_bn.*': 'reduce_norm/*',
         },
     },
