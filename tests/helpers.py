@@ -23,6 +23,11 @@ def array(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float64) -> np.
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
+def shapes(batch: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Name -> shape and type of a batch's arrays."""
+    return {name: (x.shape, x.dtype) for name, x in batch.items()}
+
+
 def random_variables(module: nn.Module, *inputs: Any, dtype: Any = np.float64) -> dict[str, Any]:
     """Variables with every entry random, so that nothing hides behind a zero or a one."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)

@@ -11,55 +11,16 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from attention_jax.data.examples import Batch, Examples
 
 if TYPE_CHECKING:
     import grain
 
-Batch = dict[str, np.ndarray]
 _MOST_THREADS = 16  # each holds a batch of decoded pictures, 38 MB for 256 of 224x224
-
-
-class Examples(Protocol):
-    """What batches are made of: one split of a data set, by position.
-
-    Attributes:
-        description: of the whole data set; it has a `name`.
-        split: what was asked for, such as 'train[:90%]'.
-        in_batches: `train_batch` and `eval_batch` make whole batches at once; else `train_example`
-            and `eval_example` make one example at a time.
-        in_memory: the decoded pictures are held.
-        by_position: `train_example` takes (position, index), the position being the number of
-            examples before it in the run; else the index alone.
-    """
-
-    description: Any
-    split: str
-    in_batches: bool
-    in_memory: bool
-    by_position: bool
-
-    def __len__(self) -> int:
-        """Number of examples."""
-
-    def warnings(self) -> list[str]:
-        """What was left out of the data so far and why, counted, a line each."""
-
-    def train_example(self, index: Any, rng: np.random.Generator) -> Batch:
-        """An augmented example."""
-
-    def train_batch(
-        self, indices: np.ndarray, rng: np.random.Generator, batch_size: int, share: slice
-    ) -> Batch:
-        """The part `share` of an augmented batch, whose draws are those of the whole batch."""
-
-    def eval_example(self, position: int) -> Batch:
-        """An example with a 'mask'; a position from the length on is padding, its mask 0."""
-
-    def eval_batch(self, positions: np.ndarray) -> Batch:
-        """The same for a whole batch."""
 
 
 def train_batches(

@@ -13,9 +13,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
-from attention_jax.data import transforms
+_BLOCK = 512  # records read at a time
 
 
 def open_builder(name: str, data_dir: str | None, embedded: str) -> Any:
@@ -109,31 +107,37 @@ def _how_to_prepare(name: str, data_dir: str | None, extra: str = '') -> str:
     )
 
 
-def image_and_label(name: str, features: Any) -> tuple[Any, Any]:
-    """The features `image` and `label`, checked."""
+def records(builder: Any, split: str) -> Any:
+    """The records of a split by position, their pictures as encoded bytes."""
     import tensorflow_datasets as tfds
 
-    # A tuple or a single feature has no keys; what it is says enough.
-    keys = list(features.keys()) if hasattr(features, 'keys') else [type(features).__name__]
-    if 'image' not in keys or 'label' not in keys:
-        raise ValueError(
-            f'data.name {name!r} has the features {", ".join(keys)}; classification needs '
-            "'image' and 'label'"
-        )
-    image, label = features['image'], features['label']
+    # Pillow decodes them the same way whether OpenCV is installed or not.
+    encoded = isinstance(builder.info.features['image'], tfds.features.Image)
+    decoders = {'image': tfds.decode.SkipDecoding()} if encoded else None
+    with quiet():
+        return builder.as_data_source(split=split, decoders=decoders)
+
+
+def read_all(records: Any) -> Iterator[Any]:
+    """All records in order, by blocks: one by one, reading costs more than decoding."""
+    for start in range(0, len(records), _BLOCK):
+        stop = min(start + _BLOCK, len(records))
+        yield from records.__getitems__(list(range(start, stop)))
+
+
+def feature_names(features: Any) -> list[str]:
+    """The keys of a dict of features; of what has none, a tuple or a single feature, its type."""
+    return list(features.keys()) if hasattr(features, 'keys') else [type(features).__name__]
+
+
+def check_label(name: str, what: str, label: Any, task: str) -> None:
+    """Raises a ValueError unless `what`, the feature `label`, is a class that `task` can learn."""
+    import tensorflow_datasets as tfds
+
     if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
         raise ValueError(
-            f'data.name {name!r}: its label is a {type(label).__name__}, and classification '
-            'needs a ClassLabel'
+            f'data.name {name!r}: {what} is a {type(label).__name__}, and {task} needs a ClassLabel'
         )
-    shape = tuple(image.shape)
-    channels = transforms.CHANNELS
-    if len(shape) != 3 or shape[-1] not in channels or image.np_dtype != np.uint8:
-        raise ValueError(
-            f'data.name {name!r}: its images are {np.dtype(image.np_dtype)} {shape}, and uint8 '
-            f'(h, w, c) with c one of {channels} is needed'
-        )
-    return image, label
 
 
 @contextlib.contextmanager

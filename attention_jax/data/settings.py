@@ -1,8 +1,8 @@
-"""What a config asks of a data set: a split, and whether its pictures are held in memory."""
+"""What a config asks of a data set: a split of it, and how its pictures are to be."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 CACHE_LIMIT = 2**30  # bytes of pixels that are held decoded unless data.cache says otherwise
@@ -48,11 +48,38 @@ def split_ranges(name: str, split: str, splits: Mapping[str, int]) -> list[tuple
     return ranges
 
 
-def cache_setting(data_config: Any) -> bool | None:
+def image_size(
+    data_config: Any, default: tuple[int, int] | None, what: str
+) -> tuple[int, int] | None:
+    """`image_size` as (h, w), `default` where it is None, or a ValueError; `what` names that."""
+    size = getattr(data_config, 'image_size', None)
+    if size is None:
+        return default
+    sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if len(sides) != 2 or not whole or min(sides) < 1:
+        raise ValueError(
+            f'data.image_size {size!r} must be a positive whole number of pixels, or two of them '
+            f'(height, width), or None for {what}'
+        )
+    return sides
+
+
+def augmentation(data_config: Any, allowed: Collection[str], auto: str) -> str:
+    """`augment`, `auto` where it is None or 'auto', or a ValueError unless it is allowed."""
+    augment = getattr(data_config, 'augment', None)
+    if augment is None or augment == 'auto':
+        return auto
+    if augment not in allowed:
+        raise ValueError(f'data.augment {augment!r} must be one of {", ".join(allowed)}, or auto')
+    return augment
+
+
+def cache(data_config: Any) -> bool | None:
     """`cache` as True, False or None, or a ValueError."""
-    cache = getattr(data_config, 'cache', None)
-    if cache is None or cache == 'auto':
+    value = getattr(data_config, 'cache', None)
+    if value is None or value == 'auto':
         return None
-    if not isinstance(cache, bool):
-        raise ValueError(f'data.cache {cache!r} must be True, False or auto')
-    return cache
+    if not isinstance(value, bool):
+        raise ValueError(f'data.cache {value!r} must be True, False or auto')
+    return value

@@ -15,12 +15,11 @@ from safetensors import SafetensorError
 
 import attention_jax
 from attention_jax import data, load_pretrained
-from attention_jax.data import transforms
 from attention_jax.interop import files, pretrained, torch
 from attention_jax.interop.preprocessing import Preprocessing
 from attention_jax.models.registry import model_entry
-from attention_jax.tasks.classification.reading import open_split
-from attention_jax.tasks.classification.source import Description, Source
+from attention_jax.tasks.classification import transforms
+from attention_jax.tasks.classification.source import Description, Source, open_split
 from tests import helpers
 
 NAME = 'tiny_resnet'

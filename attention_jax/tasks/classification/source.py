@@ -1,51 +1,31 @@
-"""One split of labelled pictures: what it holds, and the examples and batches made of it."""
+"""One split of labelled pictures: the examples and batches made of it."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+import math
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from attention_jax.data import transforms
+from attention_jax import data
+from attention_jax.data import settings
+from attention_jax.data.examples import Batch
+from attention_jax.data.transforms import to_array, to_picture
+from attention_jax.tasks.classification import reading, transforms
+from attention_jax.tasks.classification.reading import Description
 
-Batch = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What a data set holds.
-
-    Attributes:
-        name: as in `data.name`.
-        image_shape: (h, w, c) of the pictures in a batch.
-        num_classes: labels are 0 .. num_classes - 1.
-        class_names: one a label.
-        splits: {name: number of examples}, all that there are.
-        mean: over the channels, of values in 0..1, to normalise with.
-        std: the same.
-        flip: whether a mirrored picture is still of its class.
-        crop: what evaluation keeps of a large picture: side of the centre crop over the shorter
-            side before it.
-        interpolation: Pillow's name of the filter that resizes, in small letters.
-    """
-
-    name: str
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    class_names: tuple[str, ...]
-    splits: dict[str, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    flip: bool
-    crop: float = transforms.EVAL_CROP
-    interpolation: str = 'bilinear'
+AUGMENTATIONS = ('none', 'pad_crop', 'pad_crop_flip', 'random_resized_crop')
+_LARGEST_PAD_CROP = 96  # pixels a side; above it 'auto' takes random resized crops (STL-10 is 96)
+_DEFAULT_SIZE = 224  # for data sets whose pictures differ in size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Source:
-    """One split, by position: arrays in memory, or records that are decoded when asked for.
+class Source(data.Examples):
+    """Arrays in memory, or records that are decoded when asked for.
+
+    Examples are 'image' uint8 [h, w, c] and 'label' int32 [].
 
     Attributes:
         description: of the whole data set.
@@ -58,107 +38,153 @@ class Source:
     """
 
     description: Description
-    split: str
     augment: str
     images: np.ndarray | None = None
     labels: np.ndarray | None = None
     records: Any = None
-    by_position: ClassVar[bool] = False
 
     def __len__(self) -> int:
         """Number of examples."""
         return len(self.records if self.images is None else self.images)
 
     @property
-    def in_batches(self) -> bool:
-        """Whether a whole batch is gathered and augmented at once (else picture by picture)."""
-        return self.in_memory and self.augment != 'random_resized_crop'
-
-    @property
     def in_memory(self) -> bool:
         """Whether the decoded pictures are held."""
         return self.images is not None
 
-    def example(self, index: int) -> tuple[Image.Image, int]:
-        """One picture in its stored size, and its label."""
-        channels = self.description.image_shape[-1]
-        if self.images is not None:
-            return transforms.to_picture(self.images[index], channels), int(self.labels[index])
-        record = self.records[index]
-        return transforms.to_picture(record['image'], channels), int(record['label'])
+    @property
+    def in_batches(self) -> bool:
+        """Whether a whole batch is gathered and augmented at once (else picture by picture)."""
+        return self.in_memory and self.augment != 'random_resized_crop'
 
-    def warnings(self) -> list[str]:
-        """Nothing is left out."""
-        return []
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Several pictures out of memory."""
+        return {'image': self.images[indices], 'label': self.labels[indices]}
 
     def train_batch(
         self, indices: np.ndarray, rng: np.random.Generator, batch_size: int, share: slice
     ) -> Batch:
-        """A part of an augmented batch.
-
-        Args:
-            indices: of the part's examples, int [batch_size / processes].
-            rng: of the whole batch.
-            batch_size: of the whole batch.
-            share: which of the whole batch the part is.
-
-        Returns:
-            'image' uint8 [n, h, w, c], 'label' int32 [n].
-        """
-        images = self.images[indices]
+        """Several pictures out of memory, padded, cropped and mirrored as `augment` says."""
+        batch = self.batch(indices)
         if self.augment != 'none':
             # Drawn for the whole global batch: this process's part is the same part of one draw.
             offsets, flips = _draw(batch_size, self.augment, rng)
-            images = transforms.pad_crop(images, offsets[share], flips[share])
-        return {'image': images, 'label': self.labels[indices]}
+            batch['image'] = transforms.pad_crop(batch['image'], offsets[share], flips[share])
+        return batch
 
     def train_example(self, index: int, rng: np.random.Generator) -> Batch:
-        """An augmented example: 'image' uint8 [h, w, c], 'label' int32 []."""
-        picture, label = self.example(index)
-        description = self.description
-        size, interpolation = description.image_shape[:2], description.interpolation
+        """An augmented example."""
+        picture, label = self._stored(index)
+        size, interpolation = self.description.image_shape[:2], self.description.interpolation
         if self.augment == 'random_resized_crop':
-            crop = transforms.random_resized_crop(picture, size, rng, interpolation)
-            image = transforms.to_array(crop)
-            if description.flip and rng.random() < 0.5:
+            image = to_array(transforms.random_resized_crop(picture, size, rng, interpolation))
+            if self.description.flip and rng.random() < 0.5:
                 image = image[:, ::-1]
         else:
             whole = transforms.resize_and_crop(picture, size, interpolation=interpolation)
-            image = transforms.to_array(whole)
+            image = to_array(whole)
             if self.augment != 'none':
                 offsets, flips = _draw(1, self.augment, rng)
                 image = transforms.pad_crop(image[None], offsets, flips)[0]
-        return {'image': image, 'label': np.int32(label)}
+        return {'image': image, 'label': label}
 
-    def eval_batch(self, positions: np.ndarray) -> Batch:
-        """A batch of evaluation; a position from the length on is padding, its 'mask' 0."""
-        there = positions < len(self)
-        indices = np.where(there, positions, 0)
-        images = self.images[indices]
-        images[~there] = 0
-        return {
-            'image': images,
-            'label': np.where(there, self.labels[indices], 0).astype(np.int32),
-            'mask': there.astype(np.float32),
-        }
-
-    def eval_example(self, position: int) -> Batch:
-        """One example of evaluation; a position from the length on is padding, its 'mask' 0."""
+    def example(self, index: int) -> Batch:
+        """The middle of a picture: all of it, or what random crops are compared with."""
+        picture, label = self._stored(index)
         description = self.description
-        shape = description.image_shape
-        if position >= len(self):
-            image, label = np.zeros(shape, np.uint8), 0
+        ratio = 1 / description.crop if self.augment == 'random_resized_crop' else 1.0
+        image = transforms.resize_and_crop(
+            picture, description.image_shape[:2], ratio, description.interpolation
+        )
+        return {'image': to_array(image), 'label': label}
+
+    def _stored(self, index: int) -> tuple[Image.Image, np.int32]:
+        """A picture in its stored size, and its label."""
+        if self.images is None:
+            record = self.records[index]
+            image, label = record['image'], record['label']
         else:
-            picture, label = self.example(position)
-            ratio = 1 / description.crop if self.augment == 'random_resized_crop' else 1.0
-            image = transforms.to_array(
-                transforms.resize_and_crop(picture, shape[:2], ratio, description.interpolation)
-            )
-        return {
-            'image': image,
-            'label': np.int32(label),
-            'mask': np.float32(position < len(self)),
-        }
+            image, label = self.images[index], self.labels[index]
+        return to_picture(image, self.description.image_shape[-1]), np.int32(label)
+
+
+def open_split(
+    config: Any, split: str, preprocessing: Any = None, *, train: bool = False
+) -> Source:
+    """Opens one split of a data set.
+
+    Nothing is downloaded: a TFDS name must be prepared in `data_dir`, as array_record.
+
+    Args:
+        config: the whole config. Of `config.data`, a missing one is None:
+            `name`: 'digits' (scikit-learn's 1,797 handwritten digits, enlarged to 32x32x1; every
+            fifth is the test split; no files), or any TFDS name with `image` and `label`, such as
+            'cifar10', 'imagenet2012', 'emnist/letters'.
+            `data_dir`: where TFDS finds it; None is TFDS's own default.
+            `image_size`: of the pictures in a batch, pixels a side, or (h, w); None is the data
+            set's own, or 224 if its pictures differ.
+            `augment`: one of `AUGMENTATIONS`; None or 'auto' chooses: random resized crops for
+            large pictures, else pad and crop, with flips where the data set allows it.
+            `cache`: True holds the decoded pictures in memory, False does not; None or 'auto' does
+            if they all have one size and take less than 1 GiB.
+        split: a TFDS split string: 'train', 'train[:90%]', 'train[90%:]+test'.
+        preprocessing: an object with the attributes below, to take in place of the data set's own;
+            None changes nothing.
+            `mean`, `std`: as in `Description`; for as many channels as the pictures have, else the
+            data set's own are kept.
+            `crop`, `interpolation`: as in `Description`.
+            `input_size`: (h, w) where neither `image_size` nor the data set says one.
+        train: not used: the loader augments what is trained on.
+
+    Raises:
+        ValueError: an unknown name, split, size, augmentation or cache setting; data that is not
+            there (with the way to prepare it), or that is not pictures with class labels.
+    """
+    del train
+    description, records = reading.open_data(config.data, split)
+    *sides, channels = description.image_shape
+    native = None if None in sides else tuple(sides)
+    usual = native or getattr(preprocessing, 'input_size', (_DEFAULT_SIZE,) * 2)
+    size = settings.image_size(config.data, usual, "the data set's own size")
+    changes: dict[str, Any] = {'image_shape': (*size, channels)}
+    if preprocessing is not None:
+        changes |= {'crop': preprocessing.crop, 'interpolation': preprocessing.interpolation}
+        if len(preprocessing.mean) == channels:
+            changes |= {'mean': preprocessing.mean, 'std': preprocessing.std}
+    description = dataclasses.replace(description, **changes)
+    augment = _augmentation(config.data, description, native)
+
+    stored = native if augment == 'random_resized_crop' else size
+    cache = settings.cache(config.data)
+    if cache and stored is None:
+        raise ValueError(
+            f'data.cache True needs pictures of one size, and those of {description.name!r} '
+            'differ; use False, or an augmentation that does not crop from the stored picture: '
+            f'{", ".join(AUGMENTATIONS[:3])}'
+        )
+    if cache is None:
+        size_in_memory = math.prod((len(records), *(stored or ()), channels))
+        cache = native is not None and size_in_memory < settings.CACHE_LIMIT
+    if not cache and not isinstance(records, list):
+        return Source(description, split, augment, records=records)
+    shape = (*stored, channels)
+    images, labels = reading.decode_all(records, shape, description.interpolation)
+    return Source(description, split, augment, images=images, labels=labels)
+
+
+def _augmentation(
+    data_config: Any, description: Description, native: tuple[int, int] | None
+) -> str:
+    auto = 'pad_crop_flip' if description.flip else 'pad_crop'
+    if native is None or max(native) > _LARGEST_PAD_CROP:
+        auto = 'random_resized_crop'
+    augment = settings.augmentation(data_config, AUGMENTATIONS, auto)
+    if augment == 'pad_crop_flip' and not description.flip:
+        raise ValueError(
+            f"data.augment 'pad_crop_flip' mirrors pictures, and a mirrored picture of "
+            f"{description.name!r} is not of its class; use 'pad_crop'"
+        )
+    return augment
 
 
 def _draw(count: int, augment: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -13,10 +13,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from attention_jax.data.transforms import convert, to_array
 from attention_jax.tasks.detection import boxes, transforms, yolo
+from attention_jax.tasks.task import Batch, Measured
 
 # Okabe and Ito's colours, which people who confuse red and green can tell apart as well.
 _COLORS = ('#E69F00', '#56B4E9', '#009E73', '#F0E442', '#0072B2', '#D55E00', '#CC79A7')
 _DARK = ('#0072B2', '#D55E00')
+_SAMPLES = 4  # pictures with boxes that an evaluation shows
+_SAMPLE_SCORE = 0.3  # of the least certain box drawn there
 
 
 def predict(
@@ -108,6 +111,17 @@ def draw(
         pen.rectangle((x, y, x + width + 2, y + height + 2), fill=color)
         pen.text((x + 1, y), text, fill=ink, font=font)
     return picture
+
+
+def samples(batch: Batch, measured: Measured, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns the first photos of a batch with the boxes that were detected in them."""
+    drawn = {}
+    for number, i in enumerate(np.flatnonzero(batch['mask'] > 0)[:_SAMPLES]):
+        shown = measured['scores'][i] >= _SAMPLE_SCORE
+        photo = transforms.undo_letterbox(batch['image'][i], tuple(batch['shape'][i].tolist()))
+        found = {key: measured[key][i][shown] for key in ('boxes', 'scores', 'classes')}
+        drawn[f'detections/{number}'] = np.asarray(draw(photo, found, class_names))
+    return drawn
 
 
 def upright(picture: Image.Image) -> Image.Image:

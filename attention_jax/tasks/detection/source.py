@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from attention_jax.data.loader import number_of_steps
+from attention_jax import data
+from attention_jax.data import settings
 from attention_jax.data.transforms import to_array
 from attention_jax.tasks.detection import reading, scenes, transforms
 from attention_jax.tasks.detection.annotations import Annotation, Notes
@@ -18,37 +18,14 @@ AUGMENTATIONS = ('none', 'random_scale')
 _DEFAULT_SIZE = 416
 
 
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What a data set holds.
-
-    Attributes:
-        name: as in `data.name`.
-        image_shape: (h, w, 3) of the pictures in a batch.
-        num_classes: classes are 0 .. num_classes - 1.
-        class_names: one a class.
-        splits: {name: number of pictures}; of a COCO folder, those that were opened.
-    """
-
-    name: str
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    class_names: tuple[str, ...]
-    splits: dict[str, int]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class Source:
-    """One split, example by example; see `attention_jax.data.loader.Examples`.
+class Source(data.Examples):
+    """Pictures with boxes, out of memory or decoded when asked for.
 
     Attributes:
         description: of the whole data set.
         split: what was asked for, such as 'train[:90%]'.
-        example: from an index, the picture in RGB as it is stored, or None if it does not decode,
-            and its annotation.
-        annotation: from an index, its annotation alone.
-        count: number of examples.
-        in_memory: the decoded pictures are held.
+        pictures: see `reading.Opened`.
         augment: one of `AUGMENTATIONS`, for training.
         max_boxes: of a training example; the largest are kept.
         eval_boxes: of an evaluation example; at least as many as any picture has.
@@ -61,29 +38,28 @@ class Source:
         mosaic_until: number of examples of the run after which there is neither.
     """
 
-    description: Description
-    split: str
-    example: Callable[[int], tuple[Image.Image | None, Annotation]]
-    annotation: Callable[[int], Annotation]
-    count: int
-    in_memory: bool
+    pictures: Any
     augment: str
     max_boxes: int
     eval_boxes: int
     notes: Notes
-    flip: bool = True
-    gains: tuple[float, float, float] = transforms.GAINS
-    scale: tuple[float, float] = transforms.SCALE
-    mosaic: float = 0.0
-    mixup: float = 0.0
-    mosaic_until: float = 0.0
+    flip: bool
+    gains: tuple[float, float, float]
+    scale: tuple[float, float]
+    mosaic: float
+    mixup: float
+    mosaic_until: float
 
-    in_batches: ClassVar[bool] = False
     by_position: ClassVar[bool] = True
 
     def __len__(self) -> int:
         """Number of examples."""
-        return self.count
+        return len(self.pictures)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the decoded pictures are held."""
+        return self.pictures.in_memory
 
     def warnings(self) -> list[str]:
         """What was left out of the data so far and why, counted, a line each."""
@@ -94,7 +70,7 @@ class Source:
         """Sizes of all boxes but the ignored ones, (w, h) in pixels of the letterboxed picture."""
         sizes = [np.zeros((0, 2))]
         for number in range(len(self)):
-            found = self.annotation(number)
+            found = self.pictures.annotation(number)
             boxes = self._letterboxed(found.shape, _rows(found)[~found.ignore])
             sizes.append(boxes[:, 2:4] - boxes[:, :2])
         return np.concatenate(sizes)
@@ -129,7 +105,7 @@ class Source:
             self.notes.add(
                 f'pictures of more than {self.max_boxes} boxes (detection.max_boxes), the largest '
                 'kept',
-                self.annotation(number).name,
+                self.pictures.annotation(number).name,
             )
             areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
             largest = np.argsort(-areas, kind='stable')[: self.max_boxes]
@@ -154,7 +130,7 @@ class Source:
             and which has no boxes.
         """
         size = self.description.image_shape[:2]
-        picture, found = self.example(position) if position < len(self) else (None, None)
+        picture, found = self.pictures[position] if position < len(self) else (None, None)
         if picture is None:
             image, shape = np.zeros(self.description.image_shape, np.uint8), size
             boxes, ignore = np.zeros((0, 5)), np.zeros(0, bool)
@@ -173,7 +149,7 @@ class Source:
 
     def _asked_for(self, number: int) -> tuple[Image.Image, np.ndarray]:
         """A picture and the boxes [m, 5] to learn; grey without boxes if it does not decode."""
-        picture, found = self.example(number)
+        picture, found = self.pictures[number]
         if picture is None:
             size = self.description.image_shape[:2]
             return Image.new('RGB', size[::-1], transforms.GREY), np.zeros((0, 5))
@@ -250,8 +226,9 @@ def open_split(
     notes = Notes()
     opened = reading.open_data(config, split, notes, train=train)
     name = config.data.name
-    size = _image_size(config, scenes.SIZE if name == reading.SCENES else _DEFAULT_SIZE)
-    description = Description(
+    usual = scenes.SIZE if name == reading.SCENES else _DEFAULT_SIZE
+    size = settings.image_size(config.data, (usual, usual), str(usual))
+    description = data.Description(
         name=name,
         image_shape=(*size, 3),
         num_classes=len(opened.class_names),
@@ -267,16 +244,14 @@ def open_split(
         _share(config, key, default)
         for key, default in (('mosaic', 0.0), ('mixup', 0.0), ('mosaic_epochs', 0.7))
     )
-    # Examples of the whole run.
-    length = config.train.batch_size * number_of_steps(config.train, opened.count) if train else 0
+    run = 0  # its examples
+    if train:
+        run = config.train.batch_size * data.number_of_steps(config.train, len(opened.pictures))
     return Source(
         description,
         split,
-        opened.example,
-        opened.annotation,
-        opened.count,
-        opened.in_memory,
-        _augmentation(augment),
+        pictures=opened.pictures,
+        augment=settings.augmentation(config.data, AUGMENTATIONS, 'random_scale'),
         max_boxes=max_boxes,
         eval_boxes=max(max_boxes, opened.most_boxes),
         notes=notes,
@@ -285,7 +260,7 @@ def open_split(
         scale=_scale(config),
         mosaic=mosaic,
         mixup=mixup,
-        mosaic_until=share * length,
+        mosaic_until=share * run,
     )
 
 
@@ -299,29 +274,6 @@ def _padded(values: np.ndarray, count: int, value: Any) -> np.ndarray:
     padded = np.full((count, *values.shape[1:]), value, values.dtype)
     padded[: len(values)] = values
     return padded
-
-
-def _image_size(config: Any, default: int) -> tuple[int, int]:
-    size = getattr(config.data, 'image_size', None)
-    size = default if size is None else size
-    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if len(sides) != 2 or not whole or min(sides) < 1:
-        raise ValueError(
-            f'data.image_size {size!r} must be a positive whole number of pixels, or two of them '
-            f'(height, width), or None for {default}'
-        )
-    return sides
-
-
-def _augmentation(augment: Any) -> str:
-    if augment is None or augment == 'auto':
-        return 'random_scale'
-    if augment not in AUGMENTATIONS:
-        raise ValueError(
-            f'data.augment {augment!r} must be one of {", ".join(AUGMENTATIONS)}, or auto'
-        )
-    return augment
 
 
 def _share(config: Any, key: str, default: float) -> float:

@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from attention_jax import data
-from attention_jax.tasks.classification import reading
+from attention_jax.data import prepared
+from attention_jax.tasks.classification import source
 
 
 def opened(data_config, split, preprocessing=None):
-    return reading.open_split(types.SimpleNamespace(data=data_config), split, preprocessing)
+    return source.open_split(types.SimpleNamespace(data=data_config), split, preprocessing)
 
 
 def config(**settings):
@@ -140,7 +141,7 @@ def tfds_dir(tmp_path_factory):
 
 
 def test_tfds_in_memory(tfds_dir, monkeypatch):
-    monkeypatch.setattr(reading, '_BLOCK', 8)
+    monkeypatch.setattr(prepared, '_BLOCK', 8)
     source = opened(config(name='small_pictures', data_dir=str(tfds_dir)), 'train[:50%]+test')
     assert source.images.shape == (17, 12, 10, 3)
     assert source.augment == 'pad_crop_flip'

@@ -3,10 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax.tasks import create_task
-from attention_jax.tasks.classification import task as classification
+from attention_jax import data
+from attention_jax.tasks import create_task, open_source
+from attention_jax.tasks.classification import metrics
+from attention_jax.tasks.classification.loss import loss
 from attention_jax.tasks.classification.source import Description
 from configs import base
+from tests import helpers
 
 DESCRIPTION = Description(
     name='made up',
@@ -41,39 +44,44 @@ def test_loss_is_smoothed_cross_entropy_in_float32(smoothing):
     target = (1 - smoothing) * np.eye(4)[label] + smoothing / 4
     each = -(target * log_softmax(logits)).sum(-1)
     batch = {'label': jnp.asarray(label)}
-    mean, sums = classification.loss(jnp.asarray(logits), batch, label_smoothing=smoothing)
+    mean, sums = loss(jnp.asarray(logits), batch, label_smoothing=smoothing)
     np.testing.assert_allclose(mean, each.mean(), rtol=1e-6)
     np.testing.assert_allclose(sums['loss'], each.sum(), rtol=1e-6)
     assert sums['correct'] == (logits.argmax(-1) == label).sum()
-    low, _ = classification.loss(
-        jnp.asarray(logits, jnp.bfloat16), batch, label_smoothing=smoothing
-    )
+    low, _ = loss(jnp.asarray(logits, jnp.bfloat16), batch, label_smoothing=smoothing)
     assert low.dtype == jnp.float32
 
 
 def test_evaluation_counts_each_example_once_whatever_the_padding():
     rng = np.random.default_rng(1)
     logits, label = rng.normal(size=(5, 4)).astype(np.float32), np.array([0, 3, 2, 1, 1])
-    whole = classification.measure(logits, {'label': label, 'mask': np.ones(5)})
+    whole = metrics.measure(logits, {'label': label, 'mask': np.ones(5)})
     padded_logits = np.concatenate([logits, np.full((3, 4), np.nan, np.float32)])
-    padded = classification.measure(
+    padded = metrics.measure(
         padded_logits,
         {'label': np.concatenate([label, [0, 0, 0]]), 'mask': np.repeat([1.0, 0.0], [5, 3])},
     )
     assert padded['count'] == 5
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), whole, padded)
-    metrics = classification.metrics({'loss': 6.0, 'correct': 3, 'count': 4})
-    assert metrics == {'loss': 1.5, 'accuracy': 0.75}
-    twice = classification.results([jax.device_get(padded)] * 2)
-    assert twice == pytest.approx(classification.metrics(jax.tree.map(float, padded)))
+    means = metrics.metrics({'loss': 6.0, 'correct': 3, 'count': 4})
+    assert means == {'loss': 1.5, 'accuracy': 0.75}
+    twice = metrics.results([jax.device_get(padded)] * 2)
+    assert twice == pytest.approx(metrics.metrics(jax.tree.map(float, padded)))
 
 
 def test_abstract_batch_is_what_the_loader_gives():
-    task = create_task(base.get_config(), DESCRIPTION)
-    assert set(task.abstract_batch(6)) == {'image', 'label'}
-    batch = task.abstract_batch(6, train=False)
-    assert (batch['image'].shape, batch['image'].dtype) == ((6, 8, 8, 3), jnp.uint8)
-    assert (batch['mask'].shape, batch['mask'].dtype) == ((6,), jnp.float32)
+    config = base.get_config()
+    source = open_source(config, 'train[:13]', train=True)
+    abstract = create_task(config, source.description).abstract_batch(6)
+    assert helpers.shapes(abstract) == {
+        'image': ((6, 32, 32, 1), jnp.uint8),
+        'label': ((6,), jnp.int32),
+    }
+    batches = data.train_batches(source, config.data, batch_size=6, seed=0)
+    assert helpers.shapes(next(batches)) == helpers.shapes(abstract)
+    batches.close()
+    evaluated = helpers.shapes(next(iter(data.eval_batches(source, config.data, batch_size=6))))
+    assert evaluated == helpers.shapes(abstract) | {'mask': ((6,), jnp.float32)}
 
 
 def test_unknown_task_is_refused():

@@ -410,7 +410,9 @@ def test_real_blood_cells(shared):
     assert source.description.image_shape == (416, 416, 3)
     assert source.description.splits == {'test': 72, 'train': 205, 'trainval': 292, 'val': 87}
     assert len(source) == 364
-    counts = np.bincount(np.concatenate([source.example.args[0][i].classes for i in range(364)]))
+    counts = np.bincount(
+        np.concatenate([source.pictures.annotation(i).classes for i in range(364)])
+    )
     assert counts.tolist() == [361, 4153, 372]
     assert source.eval_boxes == 30
     assert source.warnings() == [

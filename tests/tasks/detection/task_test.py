@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_jax.tasks import create_task
-from attention_jax.tasks.detection import task as detection
+from attention_jax import data
+from attention_jax.tasks import create_task, open_source
 from attention_jax.tasks.detection import yolo
 from configs import yolov4_tiny
+from tests import helpers
 
 NAMES = ('cat', 'dog', 'owl')
 
@@ -168,9 +169,26 @@ def test_the_network_is_told_how_its_outputs_are_decoded():
     task = make_task(**{'detection.anchors': ((5, 6), (7, 8)), 'detection.masks': ((1,), (0,))})
     assert task.model.anchors == ((5, 6), (7, 8))
     assert (task.model.image_size, task.model.num_classes) == ((64, 96), 3)
-    batch = task.abstract_batch(4, train=False)
-    assert batch['boxes'].shape == (4, 16, 4)
-    assert set(task.abstract_batch(4)) == {'image', 'boxes', 'classes'}
+
+
+def test_abstract_batch_is_what_the_loader_gives():
+    config = yolov4_tiny.get_config()
+    source = open_source(config, 'test[:10]', train=True)
+    abstract = create_task(config, source.description).abstract_batch(4)
+    assert helpers.shapes(abstract) == {
+        'image': ((4, 160, 160, 3), jnp.uint8),
+        'boxes': ((4, 16, 4), jnp.float32),
+        'classes': ((4, 16), jnp.int32),
+    }
+    batches = data.train_batches(source, config.data, batch_size=4, seed=0)
+    assert helpers.shapes(next(batches)) == helpers.shapes(abstract)
+    batches.close()
+    evaluated = helpers.shapes(next(iter(data.eval_batches(source, config.data, batch_size=4))))
+    assert evaluated == helpers.shapes(abstract) | {
+        'ignore': ((4, 16), jnp.bool_),
+        'shape': ((4, 2), jnp.int32),
+        'mask': ((4,), jnp.float32),
+    }
 
 
 @pytest.mark.parametrize(
@@ -199,4 +217,4 @@ def test_truths_that_are_ignored_are_neither_asked_for_nor_false():
     batch['ignore'][0, 1] = True
     measured = jax.device_get(task.measure(confident_outputs(BOXES, [0, 2], task), batch))
     assert task.results([measured]) == {'AP': 1.0, 'AP50': 1.0, 'AP50_voc': 1.0, 'AP50/cat': 1.0}
-    assert detection.metrics({'loss': 3.0, 'box': 2.0, 'count': 2}) == {'loss': 1.5, 'box': 1.0}
+    assert task.metrics({'loss': 3.0, 'box': 2.0, 'count': 2}) == {'loss': 1.5, 'box': 1.0}
