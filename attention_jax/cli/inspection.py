@@ -7,6 +7,7 @@ from typing import Any
 
 from attention_jax import files
 from attention_jax.cli import printing
+from attention_jax.cli.printing import duration, size
 
 
 def add(commands: Any) -> None:
@@ -66,66 +67,48 @@ def _run(options: argparse.Namespace) -> None:
 def _rows(report: dict[str, Any]) -> dict[str, list[printing.Row]]:
     """Returns title -> rows for a report of `analysis.compiled.inspect`."""
     memory, chips = report['memory'], report['mesh']['data'] * report['mesh']['fsdp']
-    device, classes = report['device'].partition(':')[0], report['num_classes']
-    size = 'x'.join(map(str, report['image']))
+    device, batch = report['device'].partition(':')[0], report['batch_per_chip']
+    images = 'x'.join(map(str, report['image']))
+    note = f'{report["num_classes"]} classes; {report["note"]}'.rstrip('; ')
     mesh = ', '.join(f'{axis} {n}' for axis, n in report['mesh'].items())
-    batch = report['batch_per_chip']
     program = [
         ('network', report['model'], ''),
-        ('images', size, f'{classes} classes; {report["note"]}'.rstrip('; ')),
+        ('images', images, note),
         ('parameters', f'{report["parameters"]:,}', ''),
         ('multiply-adds', f'{report["macs"]:,}', 'an image, forward'),
         ('batch', f'{batch} a chip', f'{batch * chips} in all'),
         ('computed in', report['dtype'], 'parameters in float32'),
         ('chips', str(chips), mesh),
     ]
+    moved, off_chip = report['bytes_moved'], report['bytes_off_chip']
+    traffic = [('moved', size(moved), 'read and written by kernels')]
+    if off_chip < moved:
+        traffic.append(('to chip memory', size(off_chip), 'of it; the rest stays on the chip'))
+    if report['flops']:
+        traffic.append(('FLOPs', f'{report["flops"]:.3g}', 'before optimisation'))
+    if report['loops']:
+        note = 'bodies counted once, whatever their length'
+        traffic.append(('loops', str(report['loops']), note))
+    note = f"at least, by {device}'s bandwidth"
+    traffic.append(('a step takes', duration(report['seconds']), note))
     # Where hardly anything leaves the chip, something else decides, and the bound is far off.
-    stays = report['bytes_off_chip'] < report['bytes_moved'] / 2
-    limit = 'though memory is not the limit' if stays else 'that memory allows'
-    traffic = [
-        ('moved', printing.size(report['bytes_moved']), 'read and written by kernels'),
-        (
-            'to chip memory',
-            printing.size(report['bytes_off_chip']),
-            'of it; the rest stays on the chip',
-        )
-        if report['bytes_off_chip'] < report['bytes_moved']
-        else None,
-        ('FLOPs', f'{report["flops"]:.3g}', 'before optimisation') if report['flops'] else None,
-        ('loops', str(report['loops']), 'bodies counted once, whatever their length')
-        if report['loops']
-        else None,
-        (
-            'a step takes',
-            printing.duration(report['seconds']),
-            f"at least, by {device}'s bandwidth",
-        ),
-        (
-            'images a second',
-            f'{report["images_per_second"]:,.0f}',
-            f'at most, of all chips, {limit} (computed, not measured)',
-        ),
-    ]
-    share = memory['total'] / memory['chip']
-    kept = [
-        ('arguments', printing.size(memory['arguments']), 'as laid out on the chip'),
-        ('  state', printing.size(memory['state']), 'of it, without padding'),
-        ('  batch', printing.size(memory['batch']), 'of it, without padding'),
-        (
-            'outputs',
-            printing.size(memory['outputs']),
-            'beside the state, which is updated in place',
-        ),
-        ('temporaries', printing.size(memory['temporaries']), ''),
-        ('program', printing.size(memory['program']), ''),
-        (
-            'total',
-            printing.size(memory['total']),
-            f'{share:.1%} of {memory["chip"] / 2**30:.0f} GiB',
-        ),
-    ]
-    tables = {'Program': program, 'Moved in a step, per chip': [r for r in traffic if r]}
-    tables['Memory, per chip'] = kept
+    limit = 'though memory is not the limit' if off_chip < moved / 2 else 'that memory allows'
+    note = f'at most, of all chips, {limit} (computed, not measured)'
+    traffic.append(('images a second', f'{report["images_per_second"]:,.0f}', note))
+    kept = {
+        'arguments': 'as laid out on the chip',
+        '  state': 'of it, without padding',
+        '  batch': 'of it, without padding',
+        'outputs': 'beside the state, which is updated in place',
+        'temporaries': '',
+        'program': '',
+        'total': f'{memory["total"] / memory["chip"]:.1%} of {memory["chip"] / 2**30:.0f} GiB',
+    }
+    tables = {
+        'Program': program,
+        'Moved in a step, per chip': traffic,
+        'Memory, per chip': [(name, size(memory[name.strip()]), kept[name]) for name in kept],
+    }
     if chips > 1:
         tables['Sent in a step, per chip'] = _sent_rows(report)
     return tables
@@ -141,8 +124,8 @@ def _sent_rows(report: dict[str, Any]) -> list[printing.Row]:
     rows = []
     for kind in sorted({c['kind'] for c in report['collectives']}):
         same = [c for c in report['collectives'] if c['kind'] == kind]
-        size = printing.size(sum(c['bytes'] for c in same))
-        rows.append((kind, f'{len(same)} times, {size}', means.get(kind, '')))
+        sent = size(sum(c['bytes'] for c in same))
+        rows.append((kind, f'{len(same)} times, {sent}', means.get(kind, '')))
     for line in report['batch_gathers']:
         rows.append(('GATHERS THE BATCH', line, 'every chip gets the examples of others'))
     if not report['batch_gathers']:

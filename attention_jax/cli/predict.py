@@ -1,10 +1,11 @@
 """`attention-jax predict`: boxes on photos."""
 
 import argparse
-import json
 import pathlib
 import sys
 from typing import Any
+
+from attention_jax import files
 
 
 def add(commands: Any) -> None:
@@ -89,7 +90,7 @@ def _run(options: argparse.Namespace) -> None:
         target = output / f'{path.stem}.png'
         prediction.draw(photo, found, names).save(target)
         report = {'image': str(path), 'width': photo.width, 'height': photo.height, 'boxes': rows}
-        target.with_suffix('.json').write_text(json.dumps(report, indent=2) + '\n')
+        files.write_json(target.with_suffix('.json'), report)
         print(f'{path}: {len(rows)} boxes above {options.score_threshold:g}: {target}')
     if failed:
         raise ValueError(f'{len(failed)} of {len(options.images)} photos could not be read')

@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import attention_jax
 from attention_jax import cli
 from attention_jax.tasks.detection import scenes
-from attention_jax.training import evaluate, loop, metrics, train
+from attention_jax.training import evaluate, metrics, train
+from attention_jax.training.pretrained import preprocessing_of
 from configs import yolov4_tiny
 
 
@@ -83,7 +84,7 @@ def test_a_run_from_weights_goes_on_without_them(finished):
     workdir, _ = finished
     config = make_config()
     config.model.pretrained = 'weights that are gone'
-    assert loop.preprocessing_of(config, workdir).input_size == (64, 64)
+    assert preprocessing_of(config, workdir).input_size == (64, 64)
 
 
 def test_a_run_is_a_source_of_weights(finished, tmp_path, capsys):
