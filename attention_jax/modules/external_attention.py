@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 from jax import lax
 from jax.nn import initializers
@@ -13,22 +14,14 @@ from jax.nn import initializers
 from attention_jax import checks, functional
 from attention_jax.functional import cost
 from attention_jax.functional.broadcast import expand_to
-from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.functional.contract import contract
+from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.gating import activation
 from attention_jax.modules.initializers import Initializer, kaiming_fan_out, torch_bias
 from attention_jax.modules.layers import BatchNorm
 from attention_jax.modules.maps import sow_map
-from attention_jax.modules.registry import register_attention
-
-_PAPER = {
-    'paper': 'Beyond Self-attention: External Attention using Two Linear Layers for Visual Tasks',
-    'arxiv': '2105.02358',
-    'year': 2021,
-}
-Layer = tuple[jax.Array, jax.Array | None]  # kernel and bias
-
-_WEIGHTINGS = ('double', 'softmax')
-_CORE = {'projection': False, 'residual': False, 'activation': None, 'memory_tie': 'none'}
+from attention_jax.modules.positions import flatten_positions
+from attention_jax.modules.registry import pointwise, register_attention
 
 
 class ExternalAttention(nn.Module):
@@ -86,18 +79,7 @@ class ExternalAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Reads the memory at each position.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: uses the batch's statistics in the norm.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: an unknown name, a number out of range, or x with fewer than three axes.
-        """
+        """Reads the memory at each position of x `[..., h, w, c]`; `train` is for the norm."""
         checks.feature_map(x)
         checks.at_least('memory_size', self.memory_size, 1)
         checks.choice('weighting', self.weighting, _WEIGHTINGS)
@@ -123,9 +105,8 @@ class ExternalAttention(nn.Module):
             key, bias, value = inner @ key, bias @ key, value @ outer
             cost.add('macs', 2 * x.size * c)
 
-        logits = _logits(x, key, bias)
-        weights = _normalized(logits, (-3, -2), self.weighting, self.epsilon)
-        sow_map(self, lambda: weights.reshape(*x.shape[:-3], -1, k))
+        weights = _normalized(_logits(x, key, bias), (-3, -2), self.weighting, self.epsilon)
+        sow_map(self, lambda: flatten_positions(weights))
         y = functional.dense(weights.astype(x.dtype), value.astype(x.dtype))
         if self.projection:
             y = BatchNorm(
@@ -135,31 +116,6 @@ class ExternalAttention(nn.Module):
                 name='norm',
             )(y, train=train)
         return act(y + x if self.residual else y)
-
-
-register_attention(
-    'external_attention',
-    ExternalAttention,
-    **_PAPER,
-    family='positions',
-    complexity='N C (C + M)',
-    variants={
-        'authors': {},
-        'authors_tied': {'memory_tie': 'always'},
-        'xmu': {**_CORE, 'epsilon': 0.0},
-        'article': {**_CORE, 'weighting': 'softmax'},
-    },
-    torch_names={
-        'authors': {
-            'conv1.*': ('in_projection/*', 'o i 1 1 -> i o'),
-            'linear_0.*': ('memory_key/*', 'o i 1 -> i o'),
-            'linear_1.*': ('memory_value/*', 'o i 1 -> i o'),
-            'conv2.0.*': ('out_projection/*', 'o i 1 1 -> i o'),
-            'conv2.1.*': 'norm/*',
-        },
-        'xmu': {'mk.*': 'memory_key/*', 'mv.*': 'memory_value/*'},
-    },
-)
 
 
 class MultiHeadExternalAttention(nn.Module):
@@ -209,18 +165,9 @@ class MultiHeadExternalAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Reads the memory at each position, with every head.
+        """Reads the memory at each position of x `[..., h, w, c]`, with every head.
 
-        Args:
-            x: `[..., h, w, c]`.
-            train: uses dropout (random stream 'dropout') where a rate is not 0.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: an unknown name, a number out of range, heads that do not divide the
-                channels, or x with fewer than three axes.
+        Training takes its dropout from the random stream 'dropout' where a rate is not 0.
         """
         checks.feature_map(x)
         checks.choice('weighting', self.weighting, _WEIGHTINGS)
@@ -236,20 +183,18 @@ class MultiHeadExternalAttention(nn.Module):
             k = 256 // self.expansion
         checks.at_least('memory_size', k, 1)
         x = x.astype(self.dtype or x.dtype)
-        f, e = self.expansion, c // self.heads
+        inside, e = self.expansion * c, c // self.heads
+        shapes = {
+            'in_projection': (c, inside),
+            'memory_key': (e, k),
+            'memory_value': (k, e),
+            'out_projection': (inside, c),
+        }
         init = (initializers.normal(0.02), initializers.zeros, self.param_dtype)
-        layers = [
-            _Weights(shape, *init, name=name)()
-            for name, shape in (
-                ('in_projection', (c, f * c)),
-                ('memory_key', (e, k)),
-                ('memory_value', (k, e)),
-                ('out_projection', (f * c, c)),
-            )
-        ]
+        layers = [_Weights(shape, *init, name=name)() for name, shape in shapes.items()]
         drop = functools.partial(nn.Dropout, deterministic=not train)
         weigh = functools.partial(_weights, weighting=self.weighting, epsilon=self.epsilon)
-        sow_map(self, lambda: _heads_first(weigh(x, layers)))
+        sow_map(self, lambda: rearrange(weigh(x, layers), '... h w g k -> ... g (h w) k'))
         if self.weighting == 'softmax' or (train and self.attention_dropout_rate):
             weights = weigh(x, layers).astype(x.dtype)
             y = _read(drop(self.attention_dropout_rate)(weights), layers)
@@ -261,24 +206,6 @@ class MultiHeadExternalAttention(nn.Module):
                 default=lambda x, layers: _read(weigh(x, layers).astype(x.dtype), layers),
             )
         return drop(self.dropout_rate)(y)
-
-
-register_attention(
-    'multihead_external_attention',
-    MultiHeadExternalAttention,
-    **_PAPER,
-    family='positions',
-    complexity='N C (C + M)',
-    variants={'authors': {}, 'eamlp_7': {'heads': 4}},
-    torch_names={
-        'authors': {
-            'trans_dims.*': 'in_projection/*',
-            'linear_0.*': 'memory_key/*',
-            'linear_1.*': 'memory_value/*',
-            'proj.*': 'out_projection/*',
-        }
-    },
-)
 
 
 class _Weights(nn.Module):
@@ -297,40 +224,34 @@ class _Weights(nn.Module):
         return kernel, self.param('bias', self.bias_init, self.shape[1:], self.param_dtype)
 
 
+Layer = tuple[jax.Array, jax.Array | None]  # kernel and bias
+_WEIGHTINGS = ('double', 'softmax')
+
+
 def _weights(x: jax.Array, layers: Sequence[Layer], *, weighting: str, epsilon: float) -> jax.Array:
-    """The weights of all heads, `[..., h, w, H, k]`."""
+    """The weights of all heads, `[..., h, w, g, k]`."""
     inner, key, _, _ = layers
     # Heads behind the positions, where they are: nothing is transposed.
-    y = _linear(x, inner).reshape(*x.shape[:-1], -1, key[0].shape[0])
+    y = rearrange(_linear(x, inner), '... (g e) -> ... g e', e=key[0].shape[0])
     return _normalized(_logits(y, *key), (-4, -3), weighting, epsilon)
 
 
 def _read(weights: jax.Array, layers: Sequence[Layer]) -> jax.Array:
     """What the weights read, projected, `[..., h, w, c]`."""
     _, _, value, outer = layers
-    y = _linear(weights, value)
-    return _linear(y.reshape(*y.shape[:-2], -1), outer)
+    return _linear(rearrange(_linear(weights, value), '... g e -> ... (g e)'), outer)
 
 
 def _joined(x: jax.Array, layers: Sequence[Layer], *, epsilon: float) -> jax.Array:
     """Both with the projections multiplied into the memories: more products, far less to move."""
     (inner, _), (key, _), (value, value_bias), (outer, bias) = layers
-    c, e = x.shape[-1], key.shape[0]
-    product = functools.partial(jnp.einsum, precision='highest')
-    key = product('cge,ek->cgk', inner.reshape(c, -1, e), key)
-    outer = outer.reshape(-1, e, c)
-    value, bias = (
-        product('ke,geo->gko', value, outer),
-        bias + product('e,geo->o', value_bias, outer),
-    )
+    product = functools.partial(contract, count=None, precision='highest')
+    inner = rearrange(inner, 'c (g e) -> c g e', e=key.shape[0])
+    outer = rearrange(outer, '(g e) o -> g e o', e=key.shape[0])
+    key, value = product('cge,ek->cgk', inner, key), product('ke,geo->gko', value, outer)
+    bias = bias + product('e,geo->o', value_bias, outer)
     y = functional.read_memory(x.reshape(-1, *x.shape[-3:]), key, value, epsilon).reshape(x.shape)
     return y + expand_to(bias.astype(x.dtype), x)
-
-
-def _heads_first(weights: jax.Array) -> jax.Array:
-    """`[..., h, w, H, k] -> [..., H, n, k]`."""
-    *leading, h, w, heads, k = weights.shape
-    return weights.reshape(*leading, h * w, heads, k).swapaxes(-3, -2)
 
 
 def _linear(x: jax.Array, layer: Layer) -> jax.Array:
@@ -341,12 +262,8 @@ def _linear(x: jax.Array, layer: Layer) -> jax.Array:
 
 def _logits(x: jax.Array, key: jax.Array, bias: jax.Array | None) -> jax.Array:
     """`x key + bias`, `[..., k]`, in float32 or float64."""
-    cost.add('macs', x.size * key.shape[1])
-    wide = statistics_type(x.dtype)
-    logits = jnp.einsum('...c,ck->...k', x, key.astype(x.dtype), preferred_element_type=wide)
-    if bias is None:
-        return logits
-    return logits + expand_to(bias.astype(wide), logits)
+    logits = contract('...c,ck->...k', x, key.astype(x.dtype), count='macs')
+    return logits if bias is None else logits + expand_to(bias.astype(logits.dtype), logits)
 
 
 def _normalized(
@@ -361,3 +278,47 @@ def _normalized(
         return jax.nn.softmax(logits)
     weights = jax.nn.softmax(logits, axis=positions)
     return weights / (epsilon + weights.sum(-1, keepdims=True))
+
+
+_PAPER = {
+    'paper': 'Beyond Self-attention: External Attention using Two Linear Layers for Visual Tasks',
+    'arxiv': '2105.02358',
+    'year': 2021,
+    'family': 'positions',
+    'complexity': 'N C (C + M)',
+}
+_CORE = {'projection': False, 'residual': False, 'activation': None, 'memory_tie': 'none'}
+
+register_attention(
+    'external_attention',
+    ExternalAttention,
+    **_PAPER,
+    variants={
+        'authors': {},
+        'authors_tied': {'memory_tie': 'always'},
+        'xmu': {**_CORE, 'epsilon': 0.0},
+        'article': {**_CORE, 'weighting': 'softmax'},
+    },
+    torch_names={
+        'authors': {
+            **pointwise({'conv1': 'in_projection', 'conv2.0': 'out_projection'}),
+            **pointwise({'linear_0': 'memory_key', 'linear_1': 'memory_value'}, spatial_dims=1),
+            'conv2.1.*': 'norm/*',
+        },
+        'xmu': {'mk.*': 'memory_key/*', 'mv.*': 'memory_value/*'},
+    },
+)
+register_attention(
+    'multihead_external_attention',
+    MultiHeadExternalAttention,
+    **_PAPER,
+    variants={'authors': {}, 'eamlp_7': {'heads': 4}},
+    torch_names={
+        'authors': {
+            'trans_dims.*': 'in_projection/*',
+            'linear_0.*': 'memory_key/*',
+            'linear_1.*': 'memory_value/*',
+            'proj.*': 'out_projection/*',
+        }
+    },
+)
