@@ -11,7 +11,7 @@ import attention_jax
 from attention_jax import cli
 from attention_jax.analysis import benchmark, compiled, markdown, mechanism_table, network_table
 from attention_jax.cli import printing
-from attention_jax.interop import files, pretrained, torch
+from attention_jax.interop import cards, files, torch
 from tests import helpers
 
 REPORT = {
@@ -249,7 +249,7 @@ def test_convert_there_and_back(foreign, capsys):
     assert f'from {foreign} read as torchvision' in lines
     assert 'images 224x224 crop 0.9, bicubic' in lines
     assert 'licence mit' in lines
-    card = pretrained.read_card(ours)
+    card = cards.read_card(ours)
     assert (card.model, card.arguments, card.licence) == ('tiny_resnet', {'num_classes': 4}, 'mit')
     assert card.source == str(foreign)
 
@@ -262,7 +262,7 @@ def test_convert_there_and_back(foreign, capsys):
     arguments = ['--arguments', '{"num_classes": 2, "attention": "se"}', '--channels', '3']
     assert cli.main(['convert', str(ours), str(back), *arguments]) == 0
     assert 'new' in capsys.readouterr().out
-    card = pretrained.read_card(back)
+    card = cards.read_card(back)
     assert card.arguments['attention'] == 'se'
     module, variables, report = attention_jax.load_pretrained('tiny_resnet', back)
     assert (module.num_classes, report.new) == (2, ())

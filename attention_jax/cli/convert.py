@@ -47,13 +47,14 @@ def _run(options: argparse.Namespace) -> None:
         raise ValueError(f'--arguments {options.arguments} is not JSON: {error}') from None
     if not isinstance(arguments, dict):
         raise ValueError(f'--arguments {options.arguments} must be an object, {{"NAME": VALUE}}')
-    from attention_jax.interop import convert, pretrained
+    from attention_jax.interop import cards, convert
+    from attention_jax.training.runs import weights_in
 
     done = convert.convert(
-        options.src,
+        weights_in(options.src),
         options.dst,
         model=options.model,
-        arguments=pretrained.revive(arguments),
+        arguments=cards.revive(arguments),
         channels=options.channels,
         to=options.to,
         scheme=options.source,

@@ -9,8 +9,9 @@ import jax
 from flax import linen as nn
 
 from attention_jax import checks
-from attention_jax.interop import files, runs, torch
-from attention_jax.interop.pretrained import load_pretrained, read_card, save
+from attention_jax.interop import cards, files, torch
+from attention_jax.interop.matching import Report
+from attention_jax.interop.pretrained import Source, load_pretrained, open_weights
 from attention_jax.modules.registry import field_names
 
 FORMS = ('ours', 'torch')
@@ -31,14 +32,14 @@ class Converted:
 
     model: str
     arguments: Mapping[str, Any]
-    report: torch.Report
+    report: Report
     parameters: int
     arrays: int
     licence: str
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: Source,
     destination: str | os.PathLike[str],
     *,
     model: str | None = None,
@@ -50,16 +51,13 @@ def convert(
     """Reads weights, and writes them to a safetensors file, whole or not at all.
 
     Args:
-        source: see `load_pretrained`.
+        source: see `load_pretrained`; `arguments` and `channels` too.
         destination: ends in .safetensors; a file there is replaced.
         model: registry name; None takes it from our card, the work directory or timm's config.json.
-        arguments: of the network; see `load_pretrained`.
-        channels: see `load_pretrained`.
+        arguments: of the network.
+        channels: of the images.
         to: 'ours' writes our names and a card, 'torch' PyTorch's names.
         scheme: for 'torch', the naming scheme, such as 'timm'; None is the authors'.
-
-    Returns:
-        What was written.
 
     Raises:
         ValueError: what `load_pretrained` and `torch.to_state_dict` raise, a destination that
@@ -69,34 +67,32 @@ def convert(
     files.check_destination(destination)
     if scheme is not None and to == 'ours':
         raise ValueError(f"source {scheme!r} names PyTorch's scheme, and needs to='torch'")
-    model, licence, origin = _describe(source, model)
-    given = dict(arguments or {})
-    module, variables, report = load_pretrained(model, source, channels=channels, **given)
-    made_with = arguments_of(model, module)
+    weights = open_weights(source)
+    model = model or weights.model
+    if model is None:
+        raise ValueError(f'model is missing: {weights.source} does not say what network it is of')
+    module, variables, report = load_pretrained(
+        model, weights, channels=channels, **(arguments or {})
+    )
+    made_with = _arguments_of(model, module)
     if to == 'torch':
         arrays = torch.to_state_dict(model, variables, source=scheme, **made_with)
         files.write(destination, arrays, {'format': 'pt'})
     else:
-        save(
-            destination,
-            model,
-            variables,
-            arguments=made_with,
-            source=origin,
-            licence=licence,
-            preprocessing=report.preprocessing,
-        )
+        facts = {'source': weights.origin, 'licence': weights.licence}
+        facts |= {'arguments': made_with, 'preprocessing': report.preprocessing}
+        cards.save(destination, model, variables, **facts)
     return Converted(
         model=model,
         arguments=made_with,
         report=report,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(variables.get('params', {}))),
         arrays=len(jax.tree.leaves(variables)),
-        licence=licence,
+        licence=weights.licence,
     )
 
 
-def arguments_of(name: str, module: nn.Module) -> dict[str, Any]:
+def _arguments_of(name: str, module: nn.Module) -> dict[str, Any]:
     """The arguments that create `module` again, but for the type that it computes in."""
     default = torch.build(name, {})[1]
     fields = set(field_names(type(module))) - {'name', 'dtype'}
@@ -104,20 +100,6 @@ def arguments_of(name: str, module: nn.Module) -> dict[str, Any]:
     if 'attention' in changed:  # another mechanism has a place and arguments of its own
         changed |= {'placement', 'attention_args'}
     return {field: _plain(getattr(module, field)) for field in sorted(changed)}
-
-
-def _describe(source: str | os.PathLike[str], model: str | None) -> tuple[str, str, str]:
-    """The registry name, the licence, and where the weights are from."""
-    path, timm = files.locate(source)
-    found, licence, origin = timm.get('architecture'), '', str(source)
-    if path.is_dir():
-        found = runs.describe(path)[0]
-    elif card := read_card(path):
-        found, licence, origin = card.model, card.licence, card.source or origin
-    licence = licence or timm.get('pretrained_cfg', timm).get('license', '')
-    if model is None and found is None:
-        raise ValueError(f'model is missing: {source} does not say what network it is of')
-    return model or found, licence, origin
 
 
 def _plain(value: Any) -> Any:

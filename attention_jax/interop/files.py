@@ -14,6 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from attention_jax.files import check_folder, replacing
+
 TORCH_ENDINGS = ('.pth', '.pt', '.bin', '.tar', '.ckpt')
 ENDINGS = ('.safetensors', *TORCH_ENDINGS)
 # Where training code puts the arrays beside its own state.
@@ -28,19 +30,17 @@ def locate(source: str | os.PathLike[str]) -> tuple[pathlib.Path, Mapping[str, A
     """Finds weights.
 
     Args:
-        source: a file, a directory, or the id of a repository on the hub, such as
-            'timm/seresnet50.a1_in1k' or 'hf_hub:ORGANISATION/NAME@REVISION'.
+        source: a file, or the id of a repository on the hub, such as 'timm/seresnet50.a1_in1k' or
+            'hf_hub:ORGANISATION/NAME@REVISION'.
 
     Returns:
-        The path of the file (in the hub's cache) or directory, and what timm's `config.json` beside
-        it says, empty where there is none.
+        The path of the file (in the hub's cache), and what timm's `config.json` beside it says,
+        empty where there is none.
 
     Raises:
         ValueError: there is nothing of this name, or the hub cannot be reached.
     """
     path = pathlib.Path(source)
-    if path.is_dir():
-        return path, {}
     if path.exists():
         if path.suffix not in ENDINGS:
             raise ValueError(
@@ -97,15 +97,10 @@ def write(
     """
     from safetensors.numpy import save_file
 
-    path = check_destination(path)
     # Not ascontiguousarray, which would make a vector of a scalar.
     arrays = {name: np.asarray(value, order='C') for name, value in arrays.items()}
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        save_file(arrays, temporary, metadata=dict(metadata))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(check_destination(path)) as new:
+        save_file(arrays, new, metadata=dict(metadata))
 
 
 def check_destination(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -113,8 +108,7 @@ def check_destination(path: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(path)
     if path.suffix != '.safetensors':
         raise ValueError(f'destination {path} must end in .safetensors')
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f'destination {path}: there is no folder {path.parent}')
+    check_folder('destination', path)
     return path
 
 

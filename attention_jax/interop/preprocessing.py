@@ -42,23 +42,14 @@ class Preprocessing:
                 f'{self.std}'
             )
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, as JSON has them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
-
-def from_dict(fields: Mapping[str, Any]) -> Preprocessing:
-    """Reads what `Preprocessing.as_dict` wrote.
-
-    Raises:
-        ValueError: a field that is unknown or cannot be.
-    """
-    try:
-        return Preprocessing(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        )
-    except TypeError as error:
-        raise ValueError(f'preprocessing cannot be read: {error}') from None
+# Whole pictures, pixels over 255: what networks that detect take.
+PIXELS = Preprocessing((0.0,) * 3, (1.0,) * 3, 1.0, 'bicubic')
+_USUAL = {
+    'torchvision': Preprocessing(),
+    'timm': Preprocessing(interpolation='bicubic'),
+    'pixels': PIXELS,
+}
 
 
 def from_timm(config: Mapping[str, Any]) -> Preprocessing:
@@ -78,28 +69,6 @@ def from_timm(config: Mapping[str, Any]) -> Preprocessing:
     )
 
 
-def from_dataset(dataset: Mapping[str, Any]) -> Preprocessing:
-    """Reads the group `dataset` of a work directory's config.json."""
-    size = tuple(dataset['image_shape'][:2])
-    if 'mean' not in dataset:  # one of boxes
-        return _pixels(size)
-    return Preprocessing(
-        mean=tuple(dataset['mean']),
-        std=tuple(dataset['std']),
-        crop=dataset['crop'],
-        interpolation=dataset['interpolation'],
-        input_size=size,
-    )
-
-
 def default(entry: ModelEntry) -> Preprocessing:
-    """What is usual for a network where its weights do not say: bicubic if it is timm's."""
-    if entry.family in ('darknet', 'yolo'):
-        return _pixels(tuple(entry.input_size))
-    interpolation = 'bicubic' if 'timm' in entry.paper else 'bilinear'
-    return Preprocessing(interpolation=interpolation, input_size=tuple(entry.input_size))
-
-
-def _pixels(input_size: tuple[int, int]) -> Preprocessing:
-    """Whole pictures, pixels over 255: what networks that detect take."""
-    return Preprocessing((0.0,) * 3, (1.0,) * 3, 1.0, 'bicubic', input_size)
+    """What is usual for a network where its weights do not say."""
+    return dataclasses.replace(_USUAL[entry.preprocessing], input_size=tuple(entry.input_size))

@@ -1,15 +1,9 @@
-"""Networks with weights: from PyTorch's files, the hub, runs of our own, and files of our own.
-
-A file of our own is a safetensors file whose arrays have our paths ('params/head/kernel') and whose
-metadata hold a card: model, arguments, source, licence, preprocessing, version.
-"""
+"""Networks and mechanisms with weights: from PyTorch's files, the hub, and files of our own."""
 
 import dataclasses
 import functools
-import json
 import os
-import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,14 +12,12 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from attention_jax import checks
-from attention_jax.interop import files, preprocessing, runs, torch
+from attention_jax.interop import cards, files, matching, preprocessing, torch
+from attention_jax.interop.matching import Arrays, Report
 from attention_jax.interop.preprocessing import Preprocessing
 from attention_jax.models.registry import ModelEntry, create_model, model_entry
-from attention_jax.modules.registry import field_names, list_attention
-from attention_jax.version import __version__
+from attention_jax.modules.registry import attention_entry, field_names, list_attention
 
-_CARD = 'attention_jax'  # the card's key in the metadata
 _OURS = 'attention_jax'  # the name of the scheme of our own paths
 
 # Fields of a network that may differ from those its weights were made with ...
@@ -47,108 +39,99 @@ _MECHANISM = {'attention': None, 'placement': None, 'attention_args': None, 'ide
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
-    """What a file of our own says of itself.
+class Weights:
+    """A source of weights, read as far as its description.
 
     Attributes:
-        model: registry name of the network or mechanism.
-        arguments: what it was created with.
-        source: where the weights are from.
-        licence: of the weights.
-        preprocessing: of the images, or None.
-        version: of this package, when it was written.
+        source: as the user gave it.
+        read: gives the arrays, by PyTorch's names or by our paths.
+        model: registry name of what they are of; None where the source does not say.
+        create: for arrays by our paths: builds the module that they are of, with other arguments
+            where it is given some. None for PyTorch's names.
+        preprocessing: of the images, as far as the source says it.
+        licence: of the weights, likewise.
+        origin: where they are from.
     """
 
-    model: str
-    arguments: Mapping[str, Any]
     source: str
-    licence: str
-    preprocessing: Preprocessing | None
-    version: str
+    read: Callable[[], Arrays]
+    model: str | None = None
+    create: Callable[[Mapping[str, Any]], nn.Module] | None = None
+    preprocessing: Preprocessing | None = None
+    licence: str = ''
+    origin: str = ''
+
+    def module_of(self, name: str) -> nn.Module | None:
+        """The module that the arrays are of, where they have our paths.
+
+        Raises:
+            ValueError: they are not of the mechanism or network `name`.
+        """
+        if self.create is None:
+            return None
+        if self.model != name:
+            raise ValueError(f'source {self.source} holds {self.model!r}, not {name!r}')
+        return self.create({})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Weights:
-    """A source, read as far as its description.
+Source = str | os.PathLike[str] | Weights
 
-    Attributes:
-        text: as the user gave it.
-        path: of the file or work directory.
-        timm: timm's config.json, empty without one.
-        card: of a file of our own, or None.
+
+def open_weights(source: Source) -> Weights:
+    """Finds weights and reads their description.
+
+    Args:
+        source: a file or hub id, see `load_pretrained`; weights that are open stay as they are.
+
+    Raises:
+        ValueError: there is nothing of this name, or it is damaged.
     """
-
-    text: str
-    path: pathlib.Path
-    timm: Mapping[str, Any]
-    card: Card | None
+    if isinstance(source, Weights):
+        return source
+    path, timm = files.locate(source)
+    card = cards.read_card(path)
+    found = Weights(
+        str(source),
+        lambda: files.read_arrays(path),
+        timm.get('architecture'),
+        preprocessing=preprocessing.from_timm(timm) if timm else None,
+        licence=timm.get('pretrained_cfg', timm).get('license', ''),
+        origin=str(source),
+    )
+    if card is None:
+        return dataclasses.replace(found, read=lambda: torch.clean(files.read_arrays(path)))
+    return dataclasses.replace(
+        found,
+        model=card.model,
+        create=lambda more: torch.build(card.model, {**card.arguments, **more})[1],
+        preprocessing=card.preprocessing or found.preprocessing,
+        licence=card.licence or found.licence,
+        origin=card.source or found.origin,
+    )
 
 
 def load_pretrained(
-    name: str,
-    source: str | os.PathLike[str],
-    *,
-    channels: int | None = None,
-    seed: int = 0,
-    **arguments: Any,
-) -> tuple[nn.Module, dict[str, Any], torch.Report]:
-    """Creates a network or mechanism with weights from a file, a run or the hub.
+    name: str, source: Source, *, channels: int | None = None, seed: int = 0, **arguments: Any
+) -> tuple[nn.Module, dict[str, Any], Report]:
+    """Creates a network or mechanism with weights, as `attention_jax.load_pretrained` says.
 
-    What is asked for may differ from what the weights are of in three ways: another `num_classes`,
-    another number of `channels`, and a mechanism (`attention`, with its arguments) where they have
-    none. The rest is loaded, and the arrays that are new are initialised and reported.
-
-    Args:
-        name: registry name, e.g. 'resnet50'.
-        source: a .safetensors file of PyTorch's names or of `save`; a .pth, .pt, .bin, .tar or
-            .ckpt file, which needs PyTorch; a work directory of `training.train`; or a hub id such
-            as 'timm/seresnet50.a1_in1k' (also 'hf_hub:ORGANISATION/NAME@REVISION'), which needs the
-            extra `hub` and, the first time, a network.
-        channels: number of channels of the images; None is the weights' own.
-        seed: of the new arrays.
-        **arguments: the network's own; those that are not given are the ones that a file of ours or
-            a work directory was made with, and `num_classes` is the weights' own. The head of
-            weights without one is new, and asked for with `num_classes`; so are the neck and the
-            heads of a detector where the weights are its backbone's alone.
-
-    Returns:
-        The Linen module; its variables, every collection, as NumPy arrays of the file's types; and
-        the report, whose `new` names what was initialised and whose `preprocessing` says how images
-        are prepared: as the file says, else timm's config.json beside it or on the hub, else what
-        is usual for the network. It is None for a mechanism.
-
-    Raises:
-        ValueError: an unknown name or argument; a source that does not exist, is damaged, is of
-            another model or would run code; or arrays that are missing, left over or of another
-            shape: they are listed.
+    Here a source is a file, a hub id, or what `open_weights` and `training.runs` make of one.
     """
     if name in list_attention():
-        return _load_attention(name, _open(source), channels, arguments)
-    entry, weights = model_entry(name), _open(source)
-    own, arrays = _read_weights(name, weights)
-    if weights.path.is_dir():
-        checks.arguments(f'the network of {source}', arguments, field_names(type(own)))
-        module = own.clone(**arguments)
-    else:
-        made_with = weights.card.arguments if weights.card else {}
-        module = create_model(name, **{**made_with, **arguments})
-    found = _read_own(entry, module, arrays, weights, own, arguments)
+        return _load_attention(name, open_weights(source), channels, arguments)
+    entry, weights = model_entry(name), open_weights(source)
+    own = weights.module_of(name)
+    module = weights.create(arguments) if own else create_model(name, **arguments)
+    found = _read_own(entry, module, weights, own, arguments)
     if 'num_classes' not in arguments:
         module = module.clone(num_classes=found.module.num_classes)
-    example = torch.example(entry, module, channels or found.channels)
-    variables, report = _transfer(module, found, example, seed)
-    facts = _preprocessing(entry, weights)
-    return module, variables, dataclasses.replace(report, preprocessing=facts)
+    example = matching.network_input(entry, module, channels or found.channels)
+    return module, *_transfer(module, found, example, seed, _images(entry, weights))
 
 
 def load_variables(
-    name: str,
-    module: nn.Module,
-    source: str | os.PathLike[str],
-    example: jax.ShapeDtypeStruct,
-    *,
-    seed: int = 0,
-) -> tuple[dict[str, Any], torch.Report]:
+    name: str, module: nn.Module, source: Source, example: jax.ShapeDtypeStruct, *, seed: int = 0
+) -> tuple[dict[str, Any], Report]:
     """Loads weights for a network that exists, as `load_pretrained` does.
 
     Args:
@@ -164,133 +147,23 @@ def load_variables(
     Raises:
         ValueError: see `load_pretrained`.
     """
-    entry, weights = model_entry(name), _open(source)
-    own, arrays = _read_weights(name, weights)
+    entry, weights = model_entry(name), open_weights(source)
+    own = weights.module_of(name)
     given = {field: getattr(module, field, None) for field in ('num_classes', 'attention')}
-    found = _read_own(entry, module, arrays, weights, own, given)
-    variables, report = _transfer(module, found, example, seed)
-    return variables, dataclasses.replace(report, preprocessing=_preprocessing(entry, weights))
+    found = _read_own(entry, module, weights, own, given)
+    return _transfer(module, found, example, seed, _images(entry, weights))
 
 
-def read_preprocessing(name: str, source: str | os.PathLike[str]) -> Preprocessing:
+def read_preprocessing(name: str, source: Source) -> Preprocessing:
     """Returns the preprocessing that belongs to weights, without reading their arrays.
 
     Arguments and errors are those of `load_pretrained`.
     """
-    return _preprocessing(model_entry(name), _open(source))
+    return _images(model_entry(name), open_weights(source))
 
 
-def save(
-    path: str | os.PathLike[str],
-    module_name: str,
-    variables: Mapping[str, Any],
-    *,
-    arguments: Mapping[str, Any] | None = None,
-    source: str = '',
-    licence: str = '',
-    preprocessing: Preprocessing | None = None,
-) -> None:
-    """Writes weights and what they are of to one file, which `load_pretrained` reads.
-
-    Args:
-        path: ends in .safetensors; a file there is replaced, whole or not at all.
-        module_name: registry name of the network or mechanism.
-        variables: its variables, every collection; types are kept.
-        arguments: what it was created with.
-        source: where the weights are from, for a reader.
-        licence: of the weights, for a reader.
-        preprocessing: of the images.
-
-    Raises:
-        ValueError: an unknown name or argument, one that JSON cannot hold, or a path that cannot be
-            written to.
-    """
-    arguments = dict(arguments or {})
-    torch.build(module_name, arguments)
-    card = {
-        'model': module_name,
-        'arguments': arguments,
-        'source': source,
-        'licence': licence,
-        'preprocessing': preprocessing and preprocessing.as_dict(),
-        'version': __version__,
-    }
-    arrays = traverse_util.flatten_dict(dict(variables), sep='/')
-    files.write(path, arrays, {_CARD: json.dumps(card, default=_type_name)})
-
-
-def read_card(path: str | os.PathLike[str]) -> Card | None:
-    """Returns the card of a file of our own, None if the file is not ours.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = pathlib.Path(path)
-    text = files.read_metadata(path).get(_CARD)
-    if text is None:
-        return None
-    try:
-        card = json.loads(text)
-        facts = card['preprocessing']
-        return Card(
-            model=card['model'],
-            arguments={k: revive(v) for k, v in card['arguments'].items()},
-            source=card['source'],
-            licence=card['licence'],
-            preprocessing=facts and preprocessing.from_dict(facts),
-            version=card['version'],
-        )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f'source {path}: its card cannot be read: {error!r}') from None
-
-
-def revive(value: Any) -> Any:
-    """Turns JSON's lists into the tuples that arguments of modules are."""
-    if isinstance(value, list):
-        return tuple(map(revive, value))
-    return {k: revive(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _type_name(value: Any) -> str:
-    """The name of a NumPy or JAX type, the only arguments that JSON lacks."""
-    try:
-        return jnp.dtype(value).name
-    except TypeError:
-        raise ValueError(f'arguments: {value!r} cannot be written to a card') from None
-
-
-def _open(source: str | os.PathLike[str]) -> _Weights:
-    path, timm = files.locate(source)
-    return _Weights(str(source), path, timm, None if path.is_dir() else read_card(path))
-
-
-def _preprocessing(entry: ModelEntry, weights: _Weights) -> Preprocessing:
-    if weights.path.is_dir():
-        return runs.describe(weights.path)[1]
-    if weights.card and weights.card.preprocessing:
-        return weights.card.preprocessing
-    return preprocessing.from_timm(weights.timm) if weights.timm else preprocessing.default(entry)
-
-
-def _read_weights(name: str, weights: _Weights) -> tuple[nn.Module | None, dict[str, np.ndarray]]:
-    """The network that the weights are of, None for PyTorch's, and the arrays by name.
-
-    Raises:
-        ValueError: they are of another model.
-    """
-    if weights.path.is_dir():
-        model = runs.describe(weights.path)[0]
-        own, arrays = runs.read(weights.path)
-    else:
-        arrays = files.read_arrays(weights.path)
-        if weights.card is None:
-            return None, torch.clean(arrays)
-        own, model = None, weights.card.model
-    if model != name:
-        raise ValueError(f'source {weights.text} holds {model!r}, not {name!r}')
-    if own is None:
-        own = torch.build(name, weights.card.arguments)[1]
-    return own, arrays
+def _images(entry: ModelEntry, weights: Weights) -> Preprocessing:
+    return weights.preprocessing or preprocessing.default(entry)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,56 +171,57 @@ class _Own:
     """A network as its weights have it, with the arrays by our path."""
 
     module: nn.Module
-    arrays: dict[str, np.ndarray]
-    report: torch.Report
+    arrays: Arrays
+    report: Report
     channels: int
 
 
 def _read_own(
     entry: ModelEntry,
     module: nn.Module,
-    arrays: Mapping[str, np.ndarray],
-    weights: _Weights,
+    weights: Weights,
     own: nn.Module | None,
     given: Mapping[str, Any],
 ) -> _Own:
     """Reads all arrays into the network that they are of.
 
-    Of a file of ours or a work directory it is known (`own`). Else it is the network asked for, but
-    with the number of classes that the arrays have, or without the mechanism that is asked for.
-
-    Args:
-        entry: the registry's entry.
-        module: the network asked for.
-        arrays: name -> array.
-        weights: where they are from.
-        own: the network that they are of, if it is known.
-        given: arguments that the caller gave.
+    By our paths it is known (`own`). Else it is the network asked for, but with the number of
+    classes that the arrays have, or without the mechanism that is asked for.
 
     Raises:
         ValueError: arrays that are missing, left over, or of another shape; or a network that
             differs from `own` in more than it may.
     """
+    arrays = weights.read()
+
+    def read(candidate: nn.Module) -> _Own:
+        ways, axis = torch.readers(entry, candidate, arrays), torch.CHANNEL_AXIS
+        return _Own(candidate, *matching.match_network(entry, candidate, ways, axis=axis))
+
     if own is not None:
         _check_same(own, module, weights)
-        read = functools.partial(_read_ours, arrays)
-        found = [_Own(own, *torch.fit_channels(entry, own, read, axis=-2))]
+        ways = [_by_our_paths(arrays)]
+        found = [_Own(own, *matching.match_network(entry, own, ways, axis=-2))]
     else:
         candidates = [module]
         if _may_lack_mechanism(entry, module, given):
             candidates.append(module.clone(**_MECHANISM))
         found = []
         for candidate in candidates:
-            found.append(_Own(candidate, *torch.read_network(entry, candidate, arrays)))
-            for classes in _other_classes(found[-1], arrays, headless='num_classes' in given):
-                other = candidate.clone(num_classes=classes)
-                found.append(_Own(other, *torch.read_network(entry, other, arrays)))
+            found.append(read(candidate))
+            headless = 'num_classes' in given
+            for classes in _other_classes(entry, found[-1], arrays, headless=headless):
+                found.append(read(candidate.clone(num_classes=classes)))
             if found[-1].report.faults == 0:
                 break
     best = min(found, key=lambda own: own.report.faults)
     if best.report.faults:
-        raise ValueError(f'source {weights.text} does not fit {entry.name!r}: {best.report}')
+        raise ValueError(f'source {weights.source} does not fit {entry.name!r}: {best.report}')
     return best
+
+
+def _by_our_paths(arrays: Mapping[str, np.ndarray]) -> matching.Reader:
+    return functools.partial(matching.match, arrays, lambda path, rank: ((path,), None), _OURS, ())
 
 
 def _may_lack_mechanism(entry: ModelEntry, module: nn.Module, given: Mapping[str, Any]) -> bool:
@@ -356,33 +230,20 @@ def _may_lack_mechanism(entry: ModelEntry, module: nn.Module, given: Mapping[str
     One that is asked for beside the name is new; one that belongs to the name is expected, but for
     detectors, whose released weights are those without.
     """
-    if entry.family == 'yolo':
+    if entry.task == 'detection':
         return module.attention is not None
     return given.get('attention') is not None and entry.build().attention is None
 
 
-def _read_ours(
-    arrays: Mapping[str, np.ndarray], leaves: torch.Shapes
-) -> tuple[dict[str, np.ndarray], torch.Report]:
-    both = [path for path in leaves if path in arrays]
-    report = torch.Report(
-        _OURS,
-        missing=tuple(path for path in leaves if path not in arrays),
-        unused=tuple(path for path in arrays if path not in leaves),
-        mismatched={
-            path: (arrays[path].shape, leaves[path].shape)
-            for path in both
-            if arrays[path].shape != leaves[path].shape
-        },
-    )
-    return {path: arrays[path] for path in both}, report
-
-
-def _other_classes(own: _Own, arrays: Mapping[str, np.ndarray], *, headless: bool) -> Sequence[int]:
+def _other_classes(
+    entry: ModelEntry, own: _Own, arrays: Mapping[str, np.ndarray], *, headless: bool
+) -> Sequence[int]:
     """Numbers of classes that would explain what did not fit; 0 is a network without a head."""
+
+    def classes_of(outputs: int) -> int | None:  # a detector has several outputs a class
+        return own.module.classes_of(outputs) if entry.task == 'detection' else outputs
+
     asked, report = own.module.num_classes, own.report
-    # A detector has several outputs a class.
-    classes_of = getattr(own.module, 'classes_of', lambda outputs: outputs)
     numbers = {
         classes_of(theirs[0])
         for theirs, ours in report.mismatched.values()
@@ -396,21 +257,25 @@ def _other_classes(own: _Own, arrays: Mapping[str, np.ndarray], *, headless: boo
     return sorted(numbers - {None})
 
 
-def _check_same(own: nn.Module, module: nn.Module, weights: _Weights) -> None:
+def _check_same(own: nn.Module, module: nn.Module, weights: Weights) -> None:
     """Raises a ValueError if the network asked for computes another function than its weights'."""
     free = _FREE | (set(_MECHANISM) if getattr(own, 'attention', '') is None else set())
     for field in field_names(type(own)):
         theirs, ours = getattr(own, field), getattr(module, field)
         if field not in free and field != 'name' and theirs != ours:
             raise ValueError(
-                f'source {weights.text} was made with {field} {theirs!r}, and {ours!r} was asked '
+                f'source {weights.source} was made with {field} {theirs!r}, and {ours!r} was asked '
                 'for'
             )
 
 
 def _transfer(
-    module: nn.Module, own: _Own, example: jax.ShapeDtypeStruct, seed: int
-) -> tuple[dict[str, Any], torch.Report]:
+    module: nn.Module,
+    own: _Own,
+    example: jax.ShapeDtypeStruct,
+    seed: int,
+    images: Preprocessing,
+) -> tuple[dict[str, Any], Report]:
     """The variables of `module`: what its weights have, and the rest initialised."""
 
     def init() -> dict[str, jax.Array]:
@@ -430,28 +295,25 @@ def _transfer(
         made = jax.jit(lambda: {path: value for path, value in init().items() if path in new})()
         loaded |= jax.tree.map(np.asarray, made)
     variables = traverse_util.unflatten_dict({path: loaded[path] for path in leaves}, sep='/')
-    return variables, dataclasses.replace(own.report, new=new, dropped=dropped)
+    facts = {'new': new, 'dropped': dropped, 'preprocessing': images}
+    return variables, dataclasses.replace(own.report, **facts)
 
 
 def _load_attention(
-    name: str, weights: _Weights, channels: int | None, arguments: Mapping[str, Any]
-) -> tuple[nn.Module, dict[str, Any], torch.Report]:
+    name: str, weights: Weights, channels: int | None, arguments: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Any], Report]:
     """A mechanism: nothing may differ from what the file has."""
     if channels is not None:
         raise ValueError(f'channels {channels} is for networks; attention {name!r} has its own')
-    if weights.path.is_dir():
-        raise ValueError(f'source {weights.text} is a directory, not a file of attention {name!r}')
-    own, arrays = _read_weights(name, weights)
+    own, arrays = weights.module_of(name), weights.read()
     if own is None:
         return torch.from_state_dict(name, arrays, **arguments)
-    entry, module = torch.build(name, {**weights.card.arguments, **arguments})
+    entry, module = attention_entry(name), weights.create(arguments)
     _check_same(own, module, weights)
-    best, report = dict(arrays), torch.Report(_OURS)
+    report = Report(_OURS)
     if entry.context_channels is None:  # else the shapes cannot be told from the arrays
-        for leaves in torch.trial_shapes(entry, module, arrays):
-            best, report = _read_ours(arrays, leaves)
-            if report.faults == 0:
-                break
+        ways = [_by_our_paths(arrays)]
+        arrays, report = matching.match_attention(entry, module, ways, arrays)
     if report.faults:
-        raise ValueError(f'source {weights.text} does not fit {name!r}: {report}')
-    return module, traverse_util.unflatten_dict(best, sep='/'), report
+        raise ValueError(f'source {weights.source} does not fit {name!r}: {report}')
+    return module, traverse_util.unflatten_dict(arrays, sep='/'), report

@@ -8,7 +8,8 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from attention_jax.interop import pretrained
-from attention_jax.interop.preprocessing import Preprocessing, from_dataset
+from attention_jax.interop.preprocessing import Preprocessing
+from attention_jax.training.runs import from_dataset, weights_in
 from attention_jax.training.workdir import read_config
 
 
@@ -21,7 +22,7 @@ def preprocessing_of(config: ConfigDict, workdir: pathlib.Path) -> Preprocessing
         return None
     if (workdir / 'config.json').is_file():
         return from_dataset(read_config(workdir).dataset)
-    return pretrained.read_preprocessing(config.model.name, config.model.pretrained)
+    return pretrained.read_preprocessing(config.model.name, weights_in(config.model.pretrained))
 
 
 def start_variables(
@@ -32,6 +33,7 @@ def start_variables(
     Raises:
         ValueError: the weights do not fit.
     """
+    weights = weights_in(config.model.pretrained)
     return pretrained.load_variables(
-        config.model.name, model, config.model.pretrained, inputs, seed=config.train.seed
+        config.model.name, model, weights, inputs, seed=config.train.seed
     )

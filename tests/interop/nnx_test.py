@@ -7,8 +7,8 @@ import pytest
 from flax import nnx, traverse_util
 
 import attention_jax
+from attention_jax.interop import cards
 from attention_jax.interop import nnx as bridge
-from attention_jax.interop import pretrained
 from tests import helpers
 
 NETWORK = {
@@ -71,11 +71,11 @@ def test_a_file_of_ours_opens_in_both(tmp_path, name):
     x = helpers.array((2, 5, 6, 16), dtype=np.float32)
     module = attention_jax.create_attention(name)
     variables = helpers.random_variables(module, x, dtype=np.float32)
-    pretrained.save(path, name, variables)
+    cards.save(path, name, variables)
     module, loaded, _ = attention_jax.load_pretrained(name, path)
     model = bridge.to_nnx(module, loaded, x)
     np.testing.assert_array_equal(model(x), module.apply(variables, x))
-    pretrained.save(path, name, bridge.from_nnx(model))
+    cards.save(path, name, bridge.from_nnx(model))
     assert_same(attention_jax.load_pretrained(name, path)[1], variables)
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 import attention_jax
 from attention_jax import data, load_pretrained
-from attention_jax.interop import files, pretrained, torch
+from attention_jax.interop import cards, files, matching, pretrained, torch
 from attention_jax.interop.preprocessing import Preprocessing
 from attention_jax.models.registry import model_entry
 from attention_jax.tasks.classification import transforms
@@ -73,7 +73,7 @@ def assert_same(got, want, but=()):
 def test_names_there_and_back_are_the_same_bits(name):
     entry = model_entry(name)
     module = entry.build()
-    leaves = torch.network_shapes(entry, module, 3)
+    leaves = matching.network_shapes(entry, module, 3)
     random = np.random.default_rng(0)
     flat = {
         p: random.integers(0, 256, x.shape, np.uint8).astype(x.dtype) for p, x in leaves.items()
@@ -120,7 +120,7 @@ def test_another_head_and_other_channels(tmp_path, form, held, asked, new, dropp
     else:
         variables = variables_of(**held)
         arguments = {k: v for k, v in held.items() if k != 'channels'}
-        pretrained.save(path, NAME, variables, arguments=arguments)
+        cards.save(path, NAME, variables, arguments=arguments)
     module, loaded, report = load_pretrained(NAME, path, **asked)
     assert sorted(report.new) == sorted(new)
     assert sorted(report.dropped) == sorted(dropped)
@@ -142,7 +142,7 @@ def test_a_mechanism_is_added_and_is_new_by_its_seed(tmp_path):
     assert kernel.std() > 0
     other = load_pretrained(NAME, path, attention='se', num_classes=3, seed=1)[1]
     assert (other['params']['head']['kernel'] != kernel).any()
-    pretrained.save(path, NAME, variables)  # of a file of ours the same
+    cards.save(path, NAME, variables)  # of a file of ours the same
     assert_same(load_pretrained(NAME, path, attention='se', num_classes=3)[1], loaded)
     text = str(report)
     assert '14 new: ' in text
@@ -189,7 +189,7 @@ def test_detectors_of_other_classes(tmp_path, form, held, asked, new):
         files.write(path, state, {'format': 'pt'})
         arguments = {'width': 0.125} | held | asked
     else:
-        pretrained.save(path, 'yolov4_tiny', variables, arguments=YOLO | held)
+        cards.save(path, 'yolov4_tiny', variables, arguments=YOLO | held)
         arguments = asked | {'anchors': ((9, 9),) * 6, 'image_size': (64, 96)}
     module, loaded, report = load_pretrained('yolov4_tiny', path, **arguments)
     assert module.num_classes == asked.get('num_classes', 4)
@@ -248,7 +248,7 @@ def test_own_file_keeps_everything(tmp_path):
     variables = variables_of(**arguments)
     variables['params'] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables['params'])
     facts = Preprocessing((0.1,), (0.2,), 0.9, 'bicubic', (20, 30))
-    pretrained.save(
+    cards.save(
         path,
         NAME,
         variables,
@@ -262,7 +262,7 @@ def test_own_file_keeps_everything(tmp_path):
     assert set(loaded) == {'params', 'batch_stats', 'spectral'}
     assert module == attention_jax.create_model(NAME, **{**arguments, 'param_dtype': 'bfloat16'})
     assert report.preprocessing == facts
-    card = pretrained.read_card(path)
+    card = cards.read_card(path)
     assert (card.model, card.source, card.licence) == (NAME, 'here', 'MIT')
     assert card.version == attention_jax.__version__
     assert [p.name for p in tmp_path.iterdir()] == ['x.safetensors']
@@ -272,7 +272,7 @@ def test_own_file_of_a_mechanism(tmp_path):
     path = tmp_path / 'gc.safetensors'
     module = attention_jax.create_attention('gc', reduction=4)
     variables = helpers.random_variables(module, jnp.ones((1, 4, 4, 32)), dtype=np.float32)
-    pretrained.save(path, 'gc', variables, arguments={'reduction': 4})
+    cards.save(path, 'gc', variables, arguments={'reduction': 4})
     loaded_module, loaded, report = load_pretrained('gc', path)
     assert loaded_module == module
     assert_same(loaded, variables)
@@ -295,7 +295,7 @@ def test_own_file_of_a_mechanism(tmp_path):
 )
 def test_own_file_is_of_one_model(tmp_path, saved, asked, message):
     path = tmp_path / 'x.safetensors'
-    pretrained.save(path, NAME, variables_of(**saved), arguments=saved)
+    cards.save(path, NAME, variables_of(**saved), arguments=saved)
     with pytest.raises(ValueError, match=message):
         load_pretrained(asked.pop('name', NAME), path, **asked)
 
@@ -303,14 +303,14 @@ def test_own_file_is_of_one_model(tmp_path, saved, asked, message):
 def test_what_cannot_be_saved_leaves_nothing(tmp_path):
     variables = {'params': {'a': np.ones(2)}}
     with pytest.raises(ValueError, match=r'must end in \.safetensors'):
-        pretrained.save(tmp_path / 'x.pth', NAME, variables)
+        cards.save(tmp_path / 'x.pth', NAME, variables)
     with pytest.raises(ValueError, match='there is no folder'):
-        pretrained.save(tmp_path / 'no' / 'x.safetensors', NAME, variables)
+        cards.save(tmp_path / 'no' / 'x.safetensors', NAME, variables)
     with pytest.raises(ValueError, match='has no argument'):
-        pretrained.save(tmp_path / 'x.safetensors', NAME, variables, arguments={'depth': 3})
+        cards.save(tmp_path / 'x.safetensors', NAME, variables, arguments={'depth': 3})
     variables = {'params': {'a': np.array(['text'])}}
     with pytest.raises(SafetensorError, match='dtype'):
-        pretrained.save(tmp_path / 'x.safetensors', NAME, variables)
+        cards.save(tmp_path / 'x.safetensors', NAME, variables)
     assert not list(tmp_path.iterdir())
 
 
@@ -364,7 +364,7 @@ def test_own_file_with_a_missing_or_changed_array(tmp_path):
     ):
         variables = variables_of()
         spoil(variables)
-        pretrained.save(path, NAME, variables)
+        cards.save(path, NAME, variables)
         with pytest.raises(ValueError, match=message):
             load_pretrained(NAME, path, num_classes=3)
 
@@ -399,9 +399,9 @@ def test_preprocessing_is_the_cards_or_timms_or_the_usual(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(TIMM))
     timms = Preprocessing((0.5,) * 3, (0.2,) * 3, 0.95, 'bicubic', (40, 48))
     assert load_pretrained(NAME, path)[2].preprocessing == timms
-    cards = Preprocessing(crop=1.0)
-    pretrained.save(path, NAME, variables_of(), preprocessing=cards)
-    assert read(NAME, path) == cards
+    stated = Preprocessing(crop=1.0)
+    cards.save(path, NAME, variables_of(), preprocessing=stated)
+    assert read(NAME, path) == stated
     (tmp_path / 'config.json').write_text('{')
     with pytest.raises(ValueError, match='not JSON'):
         read(NAME, path)
@@ -600,7 +600,7 @@ def test_a_run_starts_from_weights_and_weights_from_a_run(tmp_path):
     path = tmp_path / 'x.safetensors'
     variables = variables_of(channels=1)
     facts = Preprocessing((0.3,), (0.4,), 0.9, 'bicubic')
-    pretrained.save(path, NAME, variables, preprocessing=facts)
+    cards.save(path, NAME, variables, preprocessing=facts)
 
     config = base.get_config('digits')
     config.model.pretrained = str(path)

@@ -11,8 +11,8 @@ import pytest
 from flax import nnx, traverse_util
 
 import attention_jax
+from attention_jax.interop import matching, torch
 from attention_jax.interop import nnx as bridge
-from attention_jax.interop import torch
 from attention_jax.models import placement
 from attention_jax.models.registry import model_entry
 from tests import helpers
@@ -197,7 +197,7 @@ def test_names_are_the_repositorys(phi):
     name = f'yolov4_tiny_voc_phi{phi}'
     text = (helpers.REFERENCE / 'networks' / f'{name}.json.gz').read_bytes()
     names = json.loads(gzip.decompress(text))
-    leaves = torch.network_shapes(model_entry(name), attention_jax.create_model(name), 3)
+    leaves = matching.network_shapes(model_entry(name), attention_jax.create_model(name), 3)
     arrays = {path: np.zeros(leaf.shape, np.int8) for path, leaf in leaves.items()}
     state = torch.to_state_dict(name, traverse_util.unflatten_dict(arrays, sep='/'))
     want = names['parameters'] | names['buffers']
