@@ -156,7 +156,9 @@ KEYS = {
     'train.epochs': Key(100, 'Passes over the training split.', at_least=1),
     'train.steps': Key(0, 'Batches of the run; 0: as many as make the epochs.', at_least=0),
     'train.batch_size': Key(256, 'Images of a batch, over all devices and processes.', at_least=1),
-    'train.seed': Key(0, 'Seed of parameters, order, augmentation and dropout.', at_least=0),
+    'train.seed': Key(
+        0, 'Seed of parameters, order, augmentation and dropout.', at_least=0, at_most=2**32 - 1
+    ),
     'train.compute_dtype': Key(
         'float32',
         'Type of the computation; parameters and sums stay float32.',

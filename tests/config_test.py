@@ -42,9 +42,13 @@ def test_defaults_are_made_anew():
         ('data.preprocessing', 'timm', "data.preprocessing 'timm' is unknown"),
         ('data.workers', -1, 'data.workers must be at least 0, got -1'),
         ('data.mosaic', 2.0, 'data.mosaic must be in 0 to 1, got 2.0'),
+        ('data.mixup', -0.5, 'data.mixup must be in 0 to 1, got -0.5'),
+        ('data.mosaic_epochs', -1.0, 'data.mosaic_epochs must be in 0 to 1, got -1.0'),
+        ('detection.max_boxes', 0, 'detection.max_boxes must be at least 1, got 0'),
         ('data.scale', (2, 1), 'data.scale .2, 1. must be two numbers, 0 < smallest <= largest'),
         ('data.scale', (2,), 'data.scale .2,. must be two numbers'),
         ('train.batch_size', 0, 'train.batch_size must be at least 1, got 0'),
+        ('train.seed', 2**32, 'train.seed must be in 0 to 4294967295, got 4294967296'),
         ('mesh.fsdp', 0, 'mesh.fsdp must be at least 1, got 0'),
     ],
 )

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import types
 from typing import Any
 
 
@@ -28,15 +27,15 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from attention_jax.config import defaults
     from attention_jax.tasks.detection import anchors
     from attention_jax.tasks.detection.source import open_split
 
-    config = types.SimpleNamespace(
-        data=types.SimpleNamespace(
-            name=options.dataset, data_dir=options.data_dir, image_size=options.size, cache=False
-        ),
-        detection=types.SimpleNamespace(max_boxes=1),  # of a training example
-    )
+    config = defaults()
+    config.data.name = options.dataset
+    config.data.data_dir = options.data_dir
+    config.data.image_size = options.size
+    config.data.cache = False
     source = open_split(config, options.split, train=False)
     sizes = source.box_sizes()
     if not len(sizes):

@@ -64,8 +64,6 @@ def train_batches(
             f'{source.description.name!r}, which has {len(source)} examples: '
             'lower it'
         )
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f'train.seed {seed!r} must be a whole number from 0 to 2**32 - 1')
     share = slice(process_index, None, process_count)
     local = batch_size // process_count
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
@@ -79,7 +77,7 @@ def train_batches(
         # Before the share is taken, so that the draws belong to the example's global position.
         examples = order.random_map(source.train_example)
         batches = examples[share].batch(local, drop_remainder=True)
-    return _iterate(batches, source, _workers(data_config))
+    return _iterate(batches, source, getattr(data_config, 'workers', None))
 
 
 def number_of_steps(train_config: Any, examples: int) -> int:
@@ -100,7 +98,7 @@ class EvalBatches:
 
     batches: grain.MapDataset[Batch]
     source: Examples
-    workers: int
+    workers: int | None
 
     def __len__(self) -> int:
         """Number of batches, the same on every process."""
@@ -150,7 +148,7 @@ def eval_batches(
         batches = batches.map(source.eval_batch)
     else:
         batches = positions.map(source.eval_example).batch(local)
-    return EvalBatches(batches, source, _workers(data_config))
+    return EvalBatches(batches, source, getattr(data_config, 'workers', None))
 
 
 def _with_position(position: int, index: int) -> tuple[int, int]:
@@ -158,7 +156,7 @@ def _with_position(position: int, index: int) -> tuple[int, int]:
 
 
 def _iterate(
-    batches: grain.MapDataset[Batch], source: Examples, workers: int
+    batches: grain.MapDataset[Batch], source: Examples, workers: int | None
 ) -> grain.DatasetIterator[Batch]:
     """Prepares batches ahead, in the way that suits where the pictures are."""
     import grain
@@ -174,18 +172,7 @@ def _iterate(
     return iter(batches.to_iter_dataset(options))
 
 
-def _workers(data_config: Any) -> int:
-    workers = getattr(data_config, 'workers', None) or 0
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise ValueError(
-            f'data.workers {workers!r} must be a number of processes, 0 or None for none'
-        )
-    return workers
-
-
 def _check_batch(batch_size: int, process_index: int, process_count: int) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f'train.batch_size {batch_size!r} must be a positive whole number')
     if not 0 <= process_index < process_count:
         raise ValueError(
             f'process_index {process_index} must be from 0 to process_count - 1 = '

@@ -10,7 +10,9 @@ from attention_jax.tasks.task import (
     Measured,
     Sums,
     Task,
+    add_up,
     create_task,
+    means,
     open_source,
     register_task,
 )
@@ -20,10 +22,12 @@ __all__ = [
     'Measured',
     'Sums',
     'Task',
+    'add_up',
     'build_model',
     'classification',
     'create_task',
     'detection',
+    'means',
     'open_source',
     'register_task',
 ]

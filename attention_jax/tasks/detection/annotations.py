@@ -43,6 +43,11 @@ class Annotation:
     classes: np.ndarray
     ignore: np.ndarray
 
+    @property
+    def rows(self) -> np.ndarray:
+        """Boxes and classes as the transforms take them, [m, 5]."""
+        return np.concatenate([self.boxes, self.classes[:, None]], axis=1)
+
 
 class Notes:
     """Counts what was wrong, each thing once, however often and in whichever process it is met.

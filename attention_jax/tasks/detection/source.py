@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image
 
 from attention_jax import data
-from attention_jax.data import settings
+from attention_jax.data.examples import Batch
+from attention_jax.data.settings import augmentation, image_size
 from attention_jax.data.transforms import to_array
 from attention_jax.tasks.detection import reading, scenes, transforms
-from attention_jax.tasks.detection.annotations import Annotation, Notes
+from attention_jax.tasks.detection.annotations import Notes
 
 AUGMENTATIONS = ('none', 'random_scale')
 _DEFAULT_SIZE = 416
@@ -71,13 +72,11 @@ class Source(data.Examples):
         sizes = [np.zeros((0, 2))]
         for number in range(len(self)):
             found = self.pictures.annotation(number)
-            boxes = self._letterboxed(found.shape, _rows(found)[~found.ignore])
+            boxes = transforms.letterbox_boxes(found.rows[~found.ignore], found.shape, self._size)
             sizes.append(boxes[:, 2:4] - boxes[:, :2])
         return np.concatenate(sizes)
 
-    def train_example(
-        self, index: tuple[int, int], rng: np.random.Generator
-    ) -> dict[str, np.ndarray]:
+    def train_example(self, index: tuple[int, int], rng: np.random.Generator) -> Batch:
         """An augmented example.
 
         Args:
@@ -89,11 +88,11 @@ class Source(data.Examples):
             'classes' int32 [max_boxes], -1 for padding, whose boxes are 0.
         """
         position, number = index
-        size = self.description.image_shape[:2]
         if self.augment == 'none':
             picture, boxes = self._asked_for(number)
-            boxes = self._letterboxed((picture.height, picture.width), boxes)
-            canvas = transforms.letterbox(picture, size)
+            shape = picture.height, picture.width
+            boxes = transforms.letterbox_boxes(boxes, shape, self._size)
+            canvas = transforms.letterbox(picture, self._size)
         elif position < self.mosaic_until and rng.random() < self.mosaic:
             canvas, boxes = self._mosaic(number, rng)
             if rng.random() < self.mixup:
@@ -110,13 +109,9 @@ class Source(data.Examples):
             areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
             largest = np.argsort(-areas, kind='stable')[: self.max_boxes]
             boxes = boxes[np.sort(largest)]
-        return {
-            'image': to_array(canvas),
-            'boxes': _padded(transforms.relative(boxes, size), self.max_boxes, 0),
-            'classes': _padded(boxes[:, 4].astype(np.int32), self.max_boxes, -1),
-        }
+        return _example(canvas, boxes, self._size, self.max_boxes)
 
-    def eval_example(self, position: int) -> dict[str, np.ndarray]:
+    def eval_example(self, position: int) -> Batch:
         """The letterboxed picture with all its boxes.
 
         Args:
@@ -129,36 +124,29 @@ class Source(data.Examples):
             float32 [], 0 for padding and for a picture that does not decode, whose image is black
             and which has no boxes.
         """
-        size = self.description.image_shape[:2]
         picture, found = self.pictures[position] if position < len(self) else (None, None)
         if picture is None:
-            image, shape = np.zeros(self.description.image_shape, np.uint8), size
+            image, shape = Image.new('RGB', self._size[::-1]), self._size
             boxes, ignore = np.zeros((0, 5)), np.zeros(0, bool)
         else:
-            image = to_array(transforms.letterbox(picture, size))
-            shape, ignore = found.shape, found.ignore
-            boxes = _rows(found)
-        return {
-            'image': image,
-            'boxes': _padded(transforms.relative(boxes, shape), self.eval_boxes, 0),
-            'classes': _padded(boxes[:, 4].astype(np.int32), self.eval_boxes, -1),
+            image, shape = transforms.letterbox(picture, self._size), found.shape
+            boxes, ignore = found.rows, found.ignore
+        return _example(image, boxes, shape, self.eval_boxes) | {
             'ignore': _padded(ignore, self.eval_boxes, False),
             'shape': np.array(shape, np.int32),
             'mask': np.float32(picture is not None),
         }
 
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self.description.image_shape[:2]
+
     def _asked_for(self, number: int) -> tuple[Image.Image, np.ndarray]:
         """A picture and the boxes [m, 5] to learn; grey without boxes if it does not decode."""
         picture, found = self.pictures[number]
         if picture is None:
-            size = self.description.image_shape[:2]
-            return Image.new('RGB', size[::-1], transforms.GREY), np.zeros((0, 5))
-        return picture, _rows(found)[~found.ignore]
-
-    def _letterboxed(self, shape: tuple[int, int], boxes: np.ndarray) -> np.ndarray:
-        """Boxes [m, 5] of a picture of `shape` (h, w) on its letterbox."""
-        place = transforms.fit(shape, self.description.image_shape[:2])
-        return transforms.move(boxes, shape, place)
+            return Image.new('RGB', self._size[::-1], transforms.GREY), np.zeros((0, 5))
+        return picture, found.rows[~found.ignore]
 
     def _shuffled(self, number: int, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
         # Of two boxes that the same prediction answers for, the later one counts: not always the
@@ -169,21 +157,16 @@ class Source(data.Examples):
     def _random_scale(
         self, number: int, rng: np.random.Generator
     ) -> tuple[Image.Image, np.ndarray]:
+        one = self._shuffled(number, rng)
         canvas, boxes = transforms.random_scale(
-            *self._shuffled(number, rng),
-            self.description.image_shape[:2],
-            rng,
-            flip=self.flip,
-            scale=self.scale,
+            *one, self._size, rng, flip=self.flip, scale=self.scale
         )
         return transforms.random_colors(canvas, rng, self.gains), boxes
 
     def _mosaic(self, number: int, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
         numbers = rng.permutation([number, *rng.integers(len(self), size=3)])
-        examples = [self._shuffled(int(n), rng) for n in numbers]
-        canvas, boxes = transforms.mosaic(
-            examples, self.description.image_shape[:2], rng, flip=self.flip
-        )
+        four = [self._shuffled(int(n), rng) for n in numbers]
+        canvas, boxes = transforms.mosaic(four, self._size, rng, flip=self.flip)
         return transforms.random_colors(canvas, rng, self.gains), boxes
 
 
@@ -212,7 +195,7 @@ def open_split(
             if their sizes are known and they take less than 1 GiB.
             `mosaic`, `mixup`, `mosaic_epochs`: probabilities, and the share of the run, from its
             start, that has them; its length is that of `config.train`.
-            `scale`: limits of the random scale, if the config has it (default 0.25, 2).
+            `scale`: limits of the random scale.
             Of `config.detection`: `max_boxes`, of a training example.
         split: a split, or as for `data.settings.split_ranges` slices and sums of splits.
         preprocessing: not used: these networks take pixels over 255, whatever they were trained on.
@@ -225,48 +208,43 @@ def open_split(
     del preprocessing
     notes = Notes()
     opened = reading.open_data(config, split, notes, train=train)
-    name = config.data.name
+    settings, name = config.data, config.data.name
     usual = scenes.SIZE if name == reading.SCENES else _DEFAULT_SIZE
-    size = settings.image_size(config.data, (usual, usual), str(usual))
-    description = data.Description(
-        name=name,
-        image_shape=(*size, 3),
-        num_classes=len(opened.class_names),
-        class_names=tuple(opened.class_names),
-        splits=dict(opened.splits),
-    )
-    max_boxes = config.detection.max_boxes
-    if isinstance(max_boxes, bool) or not isinstance(max_boxes, int) or max_boxes < 1:
-        raise ValueError(f'detection.max_boxes {max_boxes!r} must be a positive whole number')
-    augment = getattr(config.data, 'augment', None)
-    plain = name == reading.SCENES and augment != 'random_scale'
-    mosaic, mixup, share = (
-        _share(config, key, default)
-        for key, default in (('mosaic', 0.0), ('mixup', 0.0), ('mosaic_epochs', 0.7))
-    )
+    size = image_size(settings, (usual, usual), str(usual))
+    plain = name == reading.SCENES and settings.augment != 'random_scale'
     run = 0  # its examples
     if train:
         run = config.train.batch_size * data.number_of_steps(config.train, len(opened.pictures))
     return Source(
-        description,
+        data.Description(
+            name=name,
+            image_shape=(*size, 3),
+            num_classes=len(opened.class_names),
+            class_names=tuple(opened.class_names),
+            splits=dict(opened.splits),
+        ),
         split,
         pictures=opened.pictures,
-        augment=settings.augmentation(config.data, AUGMENTATIONS, 'random_scale'),
-        max_boxes=max_boxes,
-        eval_boxes=max(max_boxes, opened.most_boxes),
+        augment=augmentation(settings, AUGMENTATIONS, 'random_scale'),
+        max_boxes=config.detection.max_boxes,
+        eval_boxes=max(config.detection.max_boxes, opened.most_boxes),
         notes=notes,
         flip=not plain,
         gains=(0.0, *transforms.GAINS[1:]) if plain else transforms.GAINS,
-        scale=_scale(config),
-        mosaic=mosaic,
-        mixup=mixup,
-        mosaic_until=share * run,
+        scale=tuple(settings.scale),
+        mosaic=settings.mosaic,
+        mixup=settings.mixup,
+        mosaic_until=settings.mosaic_epochs * run,
     )
 
 
-def _rows(found: Annotation) -> np.ndarray:
-    """Boxes and classes as the transforms take them, [m, 5]."""
-    return np.concatenate([found.boxes, found.classes[:, None]], axis=1)
+def _example(picture: Image.Image, boxes: np.ndarray, shape: tuple[int, int], count: int) -> Batch:
+    """A picture and `count` boxes, of which those over sides of `shape` come first."""
+    return {
+        'image': to_array(picture),
+        'boxes': _padded(transforms.relative(boxes, shape), count, 0),
+        'classes': _padded(boxes[:, 4].astype(np.int32), count, -1),
+    }
 
 
 def _padded(values: np.ndarray, count: int, value: Any) -> np.ndarray:
@@ -274,18 +252,3 @@ def _padded(values: np.ndarray, count: int, value: Any) -> np.ndarray:
     padded = np.full((count, *values.shape[1:]), value, values.dtype)
     padded[: len(values)] = values
     return padded
-
-
-def _share(config: Any, key: str, default: float) -> float:
-    value = getattr(config.data, key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f'data.{key} {value!r} must be a number from 0 to 1')
-    return value
-
-
-def _scale(config: Any) -> tuple[float, float]:
-    scale = getattr(config.data, 'scale', transforms.SCALE)
-    low, high = scale if isinstance(scale, (tuple, list)) and len(scale) == 2 else (0, 0)
-    if not 0 < low <= high:
-        raise ValueError(f'data.scale {scale!r} must be two numbers, 0 < smallest <= largest')
-    return low, high

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from attention_jax import checks
 from attention_jax.models.registry import list_models, model_entry
 from attention_jax.tasks.detection.loss import loss
 from attention_jax.tasks.detection.metrics import measure, results, table
@@ -22,18 +21,11 @@ def create(config: ConfigDict, description: Any) -> Task:
     """Returns the task of a data set; see `tasks.create_task`.
 
     Raises:
-        ValueError: a network that does not detect, or settings that are not allowed.
+        ValueError: a network that does not detect, or that refuses its anchors.
     """
     settings = config.detection
-    for key in ('ignore_threshold', 'score_threshold', 'iou_threshold'):
-        if not 0 <= settings[key] <= 1:
-            raise ValueError(f'detection.{key} must be in 0 to 1, got {settings[key]}')
-    if settings.class_weight is not None:
-        checks.at_least('detection.class_weight', settings.class_weight, 0)
-    for key in ('max_detections', 'max_boxes'):
-        checks.at_least(f'detection.{key}', settings[key], 1)
-    if model_entry(config.model.name).family != 'yolo':
-        names = ', '.join(n for n in list_models() if n.startswith('yolo'))
+    if model_entry(config.model.name).task != 'detection':
+        names = ', '.join(n for n in list_models() if model_entry(n).task == 'detection')
         raise ValueError(f'model.name {config.model.name!r} does not detect: use one of {names}')
     model = build_model(
         config,

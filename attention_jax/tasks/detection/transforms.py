@@ -52,6 +52,11 @@ def letterbox(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return canvas
 
 
+def letterbox_boxes(boxes: np.ndarray, shape: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Boxes [m, 5] of a picture of `shape` (h, w) on its letterbox of `size` (h, w)."""
+    return move(boxes, shape, fit(shape, size))
+
+
 def undo_letterbox(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The photo of `shape` (h, w) out of its letterbox uint8 [H, W, 3]: uint8 [h, w, 3]."""
     place = fit(shape, image.shape[:2])

@@ -196,8 +196,6 @@ def test_abstract_batch_is_what_the_loader_gives():
     [
         ({'model.name': 'resnet18'}, "model.name 'resnet18' does not detect: use one of yolov4"),
         ({'model.name': 'darknet53_tiny'}, "'darknet53_tiny' does not detect: use one of yolov4"),
-        ({'detection.iou_threshold': 1.5}, 'detection.iou_threshold must be in 0 to 1, got 1.5'),
-        ({'detection.max_detections': 0}, 'detection.max_detections'),
         (
             {'model.num_classes': 80},
             'model.num_classes 80 is not the number of classes of the data, 3',
