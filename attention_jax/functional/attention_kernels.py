@@ -4,24 +4,17 @@ import math
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
+from attention_jax.functional.attention_scores import Operands
 from attention_jax.functional.sharding import per_example
 
 _PALLAS_BLOCK = 1024  # most queries and keys of a tile; a multiple of 128
 
-Pair = tuple[jax.Array, jax.Array]
 
-
-def refusal(
-    implementation: str,
-    query: jax.Array,
-    value: jax.Array,
-    kind: str,
-    norms: Pair | None,
-    bias: jax.Array | None,
-    relative: Pair | None,
-) -> str:
+def refusal(implementation: str, kind: str, operands: Operands) -> str:
     """Why a kernel cannot do this; '' if it can."""
+    query, _, value, norms, _, bias, relative = operands
     d, e, dtype = query.shape[-1], value.shape[-1], value.dtype
     if implementation == 'cudnn' and jax.default_backend() != 'gpu':
         return f'it needs the gpu backend, this is {jax.default_backend()}'
@@ -46,7 +39,7 @@ def refusal(
 
 def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float) -> jax.Array:
     """Attention of cuDNN, `[b, n, 1, d]`: the first leading axes become the batch."""
-    q, k, v = (x.reshape(-1, x.shape[-2], 1, x.shape[-1]) for x in (query, key, value))
+    q, k, v = (rearrange(x, '... n d -> (...) n 1 d') for x in (query, key, value))
     y = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation='cudnn')
     return y.reshape(*query.shape[:-1], value.shape[-1])
 
@@ -75,7 +68,8 @@ def pallas(query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float) 
         )[:, 0]
 
     def flat(x: jax.Array, tile: int) -> jax.Array:
-        return jnp.pad(x.reshape(-1, *x.shape[-2:]), ((0, 0), (0, -x.shape[-2] % tile), (0, 0)))
+        x = rearrange(x, '... n d -> (...) n d')
+        return jnp.pad(x, ((0, 0), (0, -x.shape[-2] % tile), (0, 0)))
 
     operands = flat(query, tile_n), flat(key, tile_m), flat(value, tile_m)
     return per_example(kernel)(operands)[:, :n].reshape(*query.shape[:-1], value.shape[-1])

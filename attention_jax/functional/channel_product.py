@@ -4,14 +4,13 @@ Linear in the number of positions; nothing here has two axes of them. The positi
 they are: folded into one, a TPU copies the whole tensor.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 
 from attention_jax import checks
-from attention_jax.functional import cost
+from attention_jax.functional.contract import contract
 from attention_jax.functional.dot_product import WEIGHTINGS
 from attention_jax.functional.dtypes import statistics_type
 
@@ -53,17 +52,10 @@ def channel_weights(
     checks.choice('weighting', weighting, WEIGHTINGS)
     if query.shape != key.shape:
         raise ValueError(f'key must have the shape {query.shape} of query, got {key.shape}')
-    axes = 'thw'[-spatial_dims:]
+    axes, group = 'thw'[-spatial_dims:], 'g' if heads > 1 else ''
     query, key = _heads(query, heads), _heads(key, heads)
-    group = 'g' if heads > 1 else ''
-    cost.add('matmul', query.size * query.shape[-1])
-    s = jnp.einsum(
-        f'...{axes}{group}i,...{axes}{group}j->...{group}ij',
-        query,
-        key,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=statistics_type(query.dtype),
-    )
+    pattern = f'...{axes}{group}i,...{axes}{group}j->...{group}ij'
+    s = contract(pattern, query, key, precision=lax.Precision.HIGHEST)
     if similarity == 'cosine':
         over = tuple(range(-len(axes) - 1 - len(group), -1 - len(group)))
         q, k = (_inverse_length(y, over) for y in (query, key))
@@ -93,23 +85,16 @@ def mix_channels(
     Raises:
         ValueError: heads that do not divide d.
     """
-    axes = 'thw'[-spatial_dims:]
-    group = 'g' if heads > 1 else ''
-    parts = _heads(value, heads)
-    cost.add('matmul', math.prod(parts.shape) * parts.shape[-1])
-    y = jnp.einsum(
-        f'...{group}ij,...{axes}{group}j->...{axes}{group}i',
-        weights.astype(value.dtype),
-        parts,
-        preferred_element_type=statistics_type(value.dtype),
-    )
-    return y.reshape(value.shape).astype(value.dtype)
+    axes, group = 'thw'[-spatial_dims:], 'g' if heads > 1 else ''
+    pattern = f'...{group}ij,...{axes}{group}j->...{axes}{group}i'
+    y = contract(pattern, weights.astype(value.dtype), _heads(value, heads)).astype(value.dtype)
+    return y if heads == 1 else rearrange(y, '... g i -> ... (g i)')
 
 
 def _heads(x: jax.Array, heads: int) -> jax.Array:
     """`[..., d] -> [..., heads, d / heads]`; one head has no axis."""
     checks.divides('heads', heads, 'the features', x.shape[-1])
-    return x if heads == 1 else x.reshape(*x.shape[:-1], heads, -1)
+    return x if heads == 1 else rearrange(x, '... (g i) -> ... g i', g=heads)
 
 
 def _inverse_length(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -46,5 +46,7 @@ def _multiply_accumulates(pattern: str, *arrays: ArrayLike) -> int:
         named = letters.removeprefix('...')
         first = jnp.ndim(x) - len(named)
         leading = jnp.broadcast_shapes(leading, jnp.shape(x)[:first])
-        lengths |= dict(zip(named, jnp.shape(x)[first:], strict=True))
+        for letter, length in zip(named, jnp.shape(x)[first:], strict=True):
+            if lengths.get(letter, 1) == 1:  # einsum broadcasts axes of length 1
+                lengths[letter] = length
     return math.prod(leading) * math.prod(lengths.values())

@@ -7,10 +7,12 @@ default is: a row norm magnifies small covariances, and the iteration diverges i
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax import lax
 
 from attention_jax import checks
 from attention_jax.functional import cost
+from attention_jax.functional.contract import contract
 from attention_jax.functional.dtypes import statistics_type
 
 TRIANGLES = ('upper', 'lower')
@@ -31,7 +33,7 @@ def covariance(x: jax.Array) -> jax.Array:
     h, w, d = x.shape[-3:]
     x = x.astype(statistics_type(x.dtype))
     x = x - x.mean((-3, -2), keepdims=True)
-    cost.add('matmul', x.size * d)
+    cost.add('matmul', x.size * d)  # here, as a function with its own derivative is traced once
     return _gram(x) / (h * w)
 
 
@@ -57,8 +59,6 @@ def square_root(s: jax.Array, iterations: int, *, epsilon: float = 0.0) -> jax.A
     checks.at_least('iterations', iterations, 1)
     s = s.astype(statistics_type(s.dtype))
     d = s.shape[-1]
-    products = 1 if iterations == 1 else 3 * iterations - 3
-    cost.add('matmul', products * s.size * d)
     trace = jnp.trace(s, axis1=-2, axis2=-1)[..., None, None] + epsilon
     positive = trace > jnp.finfo(s.dtype).tiny
     trace = jnp.where(positive, trace, 1)
@@ -92,7 +92,7 @@ def triangle(s: jax.Array, which: str) -> jax.Array:
     checks.choice('triangle', which, TRIANGLES)
     d = s.shape[-1]
     rows, columns = np.triu_indices(d) if which == 'upper' else np.tril_indices(d)
-    flat = s.reshape(*s.shape[:-2], d * d)
+    flat = rearrange(s, '... i j -> ... (i j)')
     return flat.at[..., rows * d + columns].get(
         unique_indices=True, indices_are_sorted=True, mode='promise_in_bounds'
     )
@@ -108,13 +108,13 @@ def _gram(x: jax.Array) -> jax.Array:
 def _gram_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     (x,), (dx,) = primals, tangents
     half = _inner(dx, x)
-    return _gram(x), half + half.swapaxes(-1, -2)
+    return _gram(x), half + rearrange(half, '... i j -> ... j i')
 
 
 def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
     # Two axes as they are: folding them into one makes a TPU copy both.
-    return jnp.einsum('...hwi,...hwj->...ij', a, b, precision=lax.Precision.HIGHEST)
+    return contract('...hwi,...hwj->...ij', a, b, count=None, precision=lax.Precision.HIGHEST)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+    return contract('...ij,...jk->...ik', a, b, precision=lax.Precision.HIGHEST)

@@ -4,16 +4,14 @@ The products keep the axes that they have: along one axis of positions the other
 nothing is gathered, and the scores take `n (h + w)` numbers for the n = h w positions.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 
 from attention_jax import checks
-from attention_jax.functional import cost
 from attention_jax.functional.broadcast import expand_to
-from attention_jax.functional.dtypes import statistics_type
+from attention_jax.functional.contract import contract
 
 
 def criss_cross_attend(
@@ -48,12 +46,15 @@ def criss_cross_attend(
         raise ValueError(
             f'value must have the positions of query {query.shape[:-1]}, got shape {value.shape}'
         )
-    n, sides = math.prod(query.shape[:-1]), query.shape[-1 - spatial_dims : -1]
-    cost.add('matmul', n * sum(sides) * (query.shape[-1] + value.shape[-1]))
-    weights, total = _weights(query, key, spatial_dims)
+    axes = 'thw'[-spatial_dims:]
+    weights, total = _weights(query, key, axes)
     y = sum(
-        _lines('{line},{other}->{own}', axis, spatial_dims, p.astype(value.dtype), value)
-        for axis, p in enumerate(weights)
+        contract(
+            f'...{_line(axes, a)}k,...{_entries(axes, a)}c->...{axes}c',
+            p.astype(value.dtype),
+            value,
+        )
+        for a, p in weights.items()
     )
     return (y / total[..., None]).astype(value.dtype)
 
@@ -74,8 +75,9 @@ def criss_cross_weights(query: jax.Array, key: jax.Array, *, spatial_dims: int =
         ValueError: as in `criss_cross_attend`.
     """
     _check(query, key, spatial_dims)
-    weights, total = _weights(query, key, spatial_dims)
-    lines = [jnp.moveaxis(p, -2, axis - spatial_dims - 1) for axis, p in enumerate(weights)]
+    axes = 'thw'[-spatial_dims:]
+    weights, total = _weights(query, key, axes)
+    lines = [_moved(p, _line(axes, a) + 'k', axes + 'k') for a, p in weights.items()]
     return (jnp.concatenate(lines, -1) / total[..., None]).astype(query.dtype)
 
 
@@ -86,46 +88,41 @@ def _check(query: jax.Array, key: jax.Array, spatial_dims: int) -> None:
         raise ValueError(f'key must have the shape {query.shape} of query, got {key.shape}')
 
 
-def _weights(
-    query: jax.Array, key: jax.Array, spatial_dims: int
-) -> tuple[list[jax.Array], jax.Array]:
-    """The softmax without its normaliser, an array a line, and the normaliser `[..., *spatial]`.
+def _weights(query: jax.Array, key: jax.Array, axes: str) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The softmax without its normaliser, axis -> its lines, and the normaliser `[..., *spatial]`.
 
-    The line along an axis is `[..., *other axes, axis, entries]`, the order in which a product with
-    the other axes as batch comes out: only one number a position moves between the lines.
+    Only one number a position moves between the lines.
     """
-    scores = []
-    for axis in range(spatial_dims):
-        s = _lines('{own},{other}->{line}', axis, spatial_dims, query, key)
-        if axis < spatial_dims - 1:
-            own = expand_to(jnp.eye(s.shape[-1], dtype=bool), s)
-            s = jnp.where(own, -jnp.inf, s)
-        scores.append(s)
+    scores = {}
+    for a in axes:
+        pattern = f'...{axes}c,...{_entries(axes, a)}c->...{_line(axes, a)}k'
+        scores[a] = contract(pattern, query, key)
+        if a != axes[-1]:
+            own = expand_to(jnp.eye(scores[a].shape[-1], dtype=bool), scores[a])
+            scores[a] = jnp.where(own, -jnp.inf, scores[a])
 
-    def home(numbers: jax.Array, axis: int) -> jax.Array:
-        return jnp.moveaxis(numbers, -1, axis - spatial_dims)
+    def home(numbers: jax.Array, a: str) -> jax.Array:
+        return _moved(numbers, _line(axes, a), axes)
 
     # Finite: the line along the last axis has no masked entry.
-    tops = [home(lax.stop_gradient(s).max(-1), axis) for axis, s in enumerate(scores)]
+    tops = [home(lax.stop_gradient(s).max(-1), a) for a, s in scores.items()]
     top = jnp.stack(tops).max(0)
-    weights = [
-        jnp.exp(s - jnp.moveaxis(top, axis - spatial_dims, -1)[..., None])
-        for axis, s in enumerate(scores)
-    ]
-    return weights, sum(home(p.sum(-1), axis) for axis, p in enumerate(weights))
+    weights = {
+        a: jnp.exp(s - _moved(top, axes, _line(axes, a))[..., None]) for a, s in scores.items()
+    }
+    return weights, sum(home(p.sum(-1), a) for a, p in weights.items())
 
 
-def _lines(pattern: str, axis: int, spatial_dims: int, a: jax.Array, b: jax.Array) -> jax.Array:
-    """An einsum between positions on the lines along one axis, with float32 (float64) sums.
+def _line(axes: str, a: str) -> str:
+    """The lines along axis a: it comes last, as a product with the others as batch leaves it."""
+    return axes.replace(a, '') + a
 
-    `{own}` stands for a map of features, `{other}` for one whose positions along the axis are the
-    entries of a line, `{line}` for the array of the line.
-    """
-    axes = 'thw'[-spatial_dims:]
-    letter = axes[axis]
-    subscripts = pattern.format(
-        own=f'...{axes}c',
-        other=f'...{axes.replace(letter, "k")}c',
-        line=f'...{axes.replace(letter, "")}{letter}k',
-    )
-    return jnp.einsum(subscripts, a, b, preferred_element_type=statistics_type(a.dtype))
+
+def _entries(axes: str, a: str) -> str:
+    """A map whose positions along axis a are the entries k of a line."""
+    return axes.replace(a, 'k')
+
+
+def _moved(x: jax.Array, axes: str, order: str) -> jax.Array:
+    """The last axes in another order, a letter each."""
+    return rearrange(x, f'... {" ".join(axes)} -> ... {" ".join(order)}')

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 
-from attention_jax.functional.dtypes import statistics_type
+from attention_jax.functional.contract import contract
 
 Arrays = tuple[jax.Array, ...]
 _POSITIONS = (1, 2)  # height and width in [b, h, w, g, k]
@@ -47,7 +48,7 @@ def _forward(
     soft = _softmax(key, top, total)
     sums = epsilon + soft(x).sum(-1, keepdims=True)
     x, sums = _after(x, sums)
-    y = _einsum('bhwgk,gko->bhwo', (soft(x) / sums).astype(x.dtype), value)
+    y = _product('bhwgk,gko->bhwo', (soft(x) / sums).astype(x.dtype), value)
     return y.astype(x.dtype), (x, key, value, top, total, sums)
 
 
@@ -56,17 +57,17 @@ def _backward(epsilon: float, residuals: Arrays, g: jax.Array) -> Arrays:
     x, key, value, top, total, sums = residuals
     soft = _softmax(key, top, total)
     # By the weights A; the one array of their size that is read several times.
-    by_weights = _einsum('bhwo,gko->bhwgk', g, value).astype(x.dtype)
+    by_weights = _product('bhwo,gko->bhwgk', g, value).astype(x.dtype)
     mean = (by_weights * (soft(x) / sums)).sum(-1, keepdims=True)
     by_soft = lambda: (by_weights - mean) / sums  # noqa: E731
     x, mean = _after(x, mean)
     shared = (soft(x) * by_soft()).sum(_POSITIONS, keepdims=True)
     x, shared = _after(x, shared)
     by_logits = (soft(x) * (by_soft() - shared)).astype(x.dtype)
-    dx = _einsum('bhwgk,cgk->bhwc', by_logits, key).astype(x.dtype)
-    dkey = _einsum('bhwgk,bhwc->gkc', by_logits, x).transpose(2, 0, 1)
+    dx = _product('bhwgk,cgk->bhwc', by_logits, key).astype(x.dtype)
+    dkey = rearrange(_product('bhwgk,bhwc->gkc', by_logits, x), 'g k c -> c g k')
     x, dkey = _after(x, dkey)
-    dvalue = _einsum('bhwgk,bhwo->gko', (soft(x) / sums).astype(x.dtype), g)
+    dvalue = _product('bhwgk,bhwo->gko', (soft(x) / sums).astype(x.dtype), g)
     return dx, dkey.astype(key.dtype), dvalue.astype(value.dtype)
 
 
@@ -74,17 +75,16 @@ read_memory.defvjp(_forward, _backward)
 
 
 def _logits(x: jax.Array, key: jax.Array) -> jax.Array:
-    return _einsum('bhwc,cgk->bhwgk', x, key)
+    return _product('bhwc,cgk->bhwgk', x, key)
 
 
 def _softmax(key: jax.Array, top: jax.Array, total: jax.Array) -> Callable[[jax.Array], jax.Array]:
     return lambda x: jnp.exp(_logits(x, key) - top) / total
 
 
-def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """In the type of the map, with float32 (float64) sums and result."""
-    b = b.astype(a.dtype)
-    return jnp.einsum(subscripts, a, b, preferred_element_type=statistics_type(a.dtype))
+def _product(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """In the type of the map; the caller of `read_memory` counts, which is traced once."""
+    return contract(pattern, a, b.astype(a.dtype), count=None)
 
 
 def _after(x: jax.Array, result: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from attention_jax import checks
 from attention_jax.functional import cost
-from attention_jax.functional.dot_product import broadcast_shape
+from attention_jax.functional.broadcast import broadcast_shape
 from attention_jax.functional.dtypes import statistics_type
 
 Pair = tuple[jax.Array, jax.Array]

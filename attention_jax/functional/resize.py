@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from attention_jax import checks
 
@@ -28,8 +29,9 @@ def upsample(x: jax.Array, factor: int, method: str = 'nearest') -> jax.Array:
     if factor == 1:
         return x
     *batch, h, w, c = x.shape
-    shape = (*batch, h * factor, w * factor, c)
     if method == 'bilinear':
-        return jax.image.resize(x, shape, 'bilinear')
+        return jax.image.resize(x, (*batch, h * factor, w * factor, c), 'bilinear')
+    # Not `repeat`: its gradient adds the cells in two steps.
     cells = (*batch, h, factor, w, factor, c)
-    return jnp.broadcast_to(x[..., :, None, :, None, :], cells).reshape(shape)
+    y = jnp.broadcast_to(x[..., :, None, :, None, :], cells)
+    return rearrange(y, '... h a w b c -> ... (h a) (w b) c')

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from attention_jax.functional import cost
+
 MAPS = 'attention_maps'
 QUERIES = 'attention_queries'
 
@@ -35,4 +37,6 @@ def sow_map(module: nn.Module, compute: Callable[[], jax.Array], name: str = 'ma
     the module is being initialised (when every collection is mutable).
     """
     if module.is_mutable_collection(MAPS) and not module.is_initializing():
-        module.sow(MAPS, name, compute(), init_fn=lambda: None, reduce_fn=lambda _, new: new)
+        with cost.tally():  # a picture of the mechanism, and none of its own work
+            y = compute()
+        module.sow(MAPS, name, y, init_fn=lambda: None, reduce_fn=lambda _, new: new)

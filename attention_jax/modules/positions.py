@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from einops import rearrange
 from flax import linen as nn
 from jax.nn import initializers
 
@@ -13,7 +14,8 @@ from attention_jax.modules.maps import sow_map, wanted_queries
 
 def flatten_positions(x: jax.Array, spatial_dims: int = 2) -> jax.Array:
     """`[..., *spatial, c] -> [..., n, c]`, the positions in row-major order."""
-    return x.reshape(*x.shape[: -1 - spatial_dims], -1, x.shape[-1])
+    axes = ('w', 'h w', 't h w')[spatial_dims - 1]
+    return rearrange(x, f'... {axes} c -> ... ({axes}) c')
 
 
 def attend_positions(

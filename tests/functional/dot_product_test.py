@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from attention_jax.functional import (
     additive_attend,
     attend,
+    attention_chunks,
     attention_kernels,
     attention_weights,
     cost,
@@ -144,7 +145,7 @@ def test_chunks_of_their_own_choice(x64, monkeypatch):
     assert 'while' not in gradients.lower(1400, q, k, v).as_text()
     assert 'while' in gradients.lower(1399, q, k, v).as_text()
     for batch, n, m in ((1, 65536, 65536), (8, 3136, 784), (512, 4096, 4096), (1, 2_000_000, 1)):
-        assert batch * m * dot_product._chunk_size(batch, n, m) <= max(2**22, 32 * batch * m)
+        assert batch * m * attention_chunks.chunk_size(batch, n, m) <= max(2**22, 32 * batch * m)
 
 
 @pytest.mark.parametrize('chunk', [None, 2])

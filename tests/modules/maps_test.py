@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from attention_jax.functional import cost
 from attention_jax.modules import CrissCrossAttention, NonLocal
 from tests import helpers
 
@@ -80,3 +81,13 @@ def test_a_mechanism_says_how_many_positions_it_has():
     _, found = jax.eval_shape(functools.partial(Two().apply, mutable=both), variables, X)
     shapes = jax.tree.map(lambda leaf: leaf.shape, found['attention_queries'])
     assert shapes == {'cross': {'positions': (24,)}, 'pairs': {'positions': (6,)}}
+
+
+def test_a_picture_is_no_work_of_the_mechanism():
+    counts = []
+    for collections in ([], ['attention_maps']):
+        with cost.tally() as found:
+            jax.eval_shape(functools.partial(Two().apply, mutable=collections), _variables(), X)
+        counts.append(found)
+    assert counts[0] == counts[1]
+    assert counts[0]['matmul'] > 0
