@@ -48,8 +48,11 @@ NECK = {
     'feat2': "on the backbone's last map, of stride 32",
     'upsampled': 'on the map that is enlarged to stride 16, before it is joined',
 }
-_BRANCH_END = {'ResNet': 'branch', 'MobileNetV2': 'output'}
-_PRE_NORM = {'ResNet': 'conv2_pre_norm', 'MobileNetV2': 'depthwise_pre_norm'}
+# Places of ResNet -> what stands for them in a backbone, where it is called otherwise.
+_COUNTERPARTS = {
+    'ResNet': {'branch': 'branch'},
+    'MobileNetV2': {'branch': 'output', 'conv2_pre_norm': 'depthwise_pre_norm'},
+}
 _PATTERN = re.compile(r'(?P<where>\w+)(@(?P<stages>\d+(:\d+(,\d+)*)?(\+\d+(:\d+(,\d+)*)?)*))?')
 
 
@@ -197,7 +200,7 @@ def parse(text: str, depths: Sequence[int], backbone: str = 'ResNet') -> Placeme
             stages[int(stage) - 1] = chosen
     if where in ('stage', 'last_block'):
         stages = {s: [depths[s] - 1] for s in stages}
-        where = _BRANCH_END[backbone] if where == 'last_block' else where
+        where = _COUNTERPARTS[backbone]['branch'] if where == 'last_block' else where
     return Placement(where, tuple(frozenset(stages.get(s, ())) for s in range(len(depths))))
 
 
@@ -221,31 +224,28 @@ def default(
     deep = block == 'bottleneck' and count == 4 and 3 * sum(depths) + 2 >= 50
     stage = count - 1  # the last but one, counted from 1
     last = depths[stage - 1] - 1
-    end = _BRANCH_END[backbone]
-    match entry.placement:
+    place = _COUNTERPARTS[backbone].get(entry.placement, entry.placement)
+    match place:
         case 'none':
             raise ValueError(
                 f'attention {entry.name!r} has no place inside a backbone: build it with '
                 f'create_attention and call it on the feature maps it takes'
             )
-        case 'branch':
-            return end
-        case 'conv2_pre_norm':
-            return _PRE_NORM[backbone]
         case 'branch_but_first':
-            return f'{end}@' + '+'.join(str(s) for s in range(2, count + 1))
+            later = '+'.join(str(s) for s in range(2, count + 1))
+            return f'{_COUNTERPARTS[backbone]["branch"]}@{later}'
         case 'inserted' if deep:
             return f'after_block@2:{_spread(depths[1], 2)}+3:{_spread(depths[2], 3)}'
         case 'inserted_before' if deep:
             return f'before_block@{stage}:{last}'
         case 'inserted' | 'inserted_before':
             return f'after_block@{stage}:{last}'
-    if entry.placement not in PLACES[backbone]:
+    if place not in PLACES[backbone]:
         raise ValueError(
             f'attention {entry.name!r} has no place in {backbone}, whose blocks lack '
-            f'{entry.placement!r}: use it in a ResNet'
+            f'{place!r}: use it in a ResNet'
         )
-    return entry.placement
+    return place
 
 
 def _spread(depth: int, number: int) -> str:

@@ -72,6 +72,7 @@ def test_defaults(kind, block, depths, expected):
         ('inserted_before', 'after_block@6:2'),
         ('last_block', 'last_block'),
         ('stage', 'stage'),
+        ('conv2_pre_norm', 'depthwise_pre_norm'),
     ],
 )
 def test_defaults_of_mobilenet(kind, expected):
