@@ -74,7 +74,7 @@ def mix_channels(
     """`y_ni = sum_j P_ij v_nj` at every position.
 
     Args:
-        weights: `[..., d, d]`, with several heads `[..., heads, d / heads, d / heads]`.
+        weights: P, as `channel_weights` gives it.
         value: `[..., *spatial, d]`.
         spatial_dims: number of axes of positions, 1 to 3.
         heads: groups of consecutive channels.

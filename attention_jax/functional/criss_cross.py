@@ -60,19 +60,11 @@ def criss_cross_attend(
 
 
 def criss_cross_weights(query: jax.Array, key: jax.Array, *, spatial_dims: int = 2) -> jax.Array:
-    """The weights of `criss_cross_attend`, for a picture of them.
-
-    Args:
-        query: `[..., *spatial, d]`.
-        key: `[..., *spatial, d]`.
-        spatial_dims: number of axes of positions, 2 or 3.
+    """The weights of `criss_cross_attend`, whose arguments and errors these are, for a picture.
 
     Returns:
         `[..., h, w, h + w]`: the entries of the column first (0 at the own position), then those of
         the row. With three axes `[..., t, h, w, t + h + w]`. In the type of `query`.
-
-    Raises:
-        ValueError: as in `criss_cross_attend`.
     """
     _check(query, key, spatial_dims)
     axes = 'thw'[-spatial_dims:]

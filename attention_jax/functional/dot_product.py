@@ -13,6 +13,7 @@ among others).
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,12 +133,9 @@ def attention_weights(
     bias: jax.Array | None = None,
     relative: Pair | None = None,
 ) -> jax.Array:
-    """The weights P of `attend`, for a picture of them; give it only the query rows wanted.
+    """The weights P of `attend`, `[..., n, m]` in the type of `query`, for a picture of them.
 
-    Arguments and errors are those of `attend`.
-
-    Returns:
-        `[..., n, m]` in the type of `query`.
+    Arguments and errors are those of `attend`; give it only the query rows wanted.
     """
     dtype, m = query.dtype, key.shape[-2]
     operands = _prepared(query, key, key, bias, relative)
@@ -211,7 +209,8 @@ def _prepared(
     relative: Pair | None,
 ) -> Operands:
     """Checks the shapes; one type and the same leading axes for all."""
-    for name, x in (('query', query), ('key', key), ('value', value)):
+    arrays = {'query': query, 'key': key, 'value': value}
+    for name, x in arrays.items():
         if x.ndim < 2:
             raise ValueError(f'{name} must be [..., positions, features], got shape {x.shape}')
     (n, d), m = query.shape[-2:], key.shape[-2]
@@ -220,11 +219,10 @@ def _prepared(
     if value.shape[-2] != m:
         raise ValueError(f'value must have the {m} positions of the key, got shape {value.shape}')
     checks.at_least('the number of keys', m, 1)
-    shapes = {'query': query.shape[:-2], 'key': key.shape[:-2], 'value': value.shape[:-2]}
     if bias is not None:
         if bias.shape[-1:] != (m,):
             raise ValueError(f'bias must be [..., m] with the {m} keys, got shape {bias.shape}')
-        shapes['bias'] = bias.shape[:-1]
+        arrays['bias'] = bias = bias[..., None, :]
     if relative is not None:
         rows, columns = relative
         fits = rows.ndim > 1 and columns.ndim > 1 and rows.shape[-2] == columns.shape[-2] == n
@@ -233,20 +231,17 @@ def _prepared(
                 f'relative must be [..., n, h] and [..., n, w] with n = {n} and h * w = {m}, '
                 f'got shapes {rows.shape} and {columns.shape}'
             )
-        shapes |= {'relative[0]': rows.shape[:-2], 'relative[1]': columns.shape[:-2]}
-    batch = broadcast_shape(**shapes)
+        arrays |= {'relative[0]': rows, 'relative[1]': columns}
+    batch = broadcast_shape(**{name: x.shape[:-2] for name, x in arrays.items()})
     dtype = jnp.result_type(query, key, value)
-    wide = statistics_type(dtype)
 
-    def spread(x: jax.Array, dtype: Dtype) -> jax.Array:
-        return jnp.broadcast_to(x, (*batch, *x.shape[-2:])).astype(dtype)
+    def spread(operands: Any, dtype: Dtype) -> Any:
+        return jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (*batch, *x.shape[-2:])).astype(dtype), operands
+        )
 
-    if bias is not None:
-        bias = spread(bias[..., None, :], wide)
-    if relative is not None:
-        relative = (spread(rows, wide), spread(columns, wide))
-    query, key, value = (spread(x, dtype) for x in (query, key, value))
-    return Operands(query, key, value, bias=bias, relative=relative)
+    bias, relative = spread((bias, relative), statistics_type(dtype))
+    return Operands(*spread((query, key, value), dtype), bias=bias, relative=relative)
 
 
 def _reduced(
