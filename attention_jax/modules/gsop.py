@@ -19,7 +19,7 @@ from attention_jax.modules.initializers import kaiming_fan_out, torch_bias
 from attention_jax.modules.layers import BatchNorm, Conv, Dense
 from attention_jax.modules.maps import sow_map
 from attention_jax.modules.positions import flatten_positions
-from attention_jax.modules.registry import ForeignName, TorchName, pointwise, register_attention
+from attention_jax.modules.registry import Scheme, pointwise, register_attention
 
 
 class GlobalSecondOrderPooling(nn.Module):
@@ -202,7 +202,7 @@ _ACTIVATIONS = {
 }
 
 
-def _branch_names(theirs: str, rows: str, ours: str) -> dict[ForeignName, TorchName]:
+def _branch_names(theirs: str, rows: str, ours: str) -> Scheme:
     return {
         **pointwise(
             {

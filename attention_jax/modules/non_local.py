@@ -1,70 +1,27 @@
 """The non-local block."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.functional import cost
-from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.layers import BatchNorm, Dense
 from attention_jax.modules.maps import sow_map, wanted_queries
-from attention_jax.modules.positions import flatten_positions, logit_scale
-from attention_jax.modules.registry import TorchName, TorchNames, register_attention
+from attention_jax.modules.positions import (
+    SimilarityVector,
+    attend_positions,
+    flatten_positions,
+    logit_scale,
+    pair_terms,
+    pool_positions,
+)
+from attention_jax.modules.registry import Scheme, TorchNames, pointwise, register_attention
 from attention_jax.modules.widths import hidden_width
-
-_MODES = ('embedded_gaussian', 'gaussian', 'dot_product', 'concatenation')
-
-
-def _torch_names(module: 'NonLocal') -> TorchNames:
-    """Names of the released blocks; two of them wrap what they pool, so that a number joins in.
-
-    'authors' is what the block's form comes from: Wang et al. pool before the projections,
-    AlexHex7/Non-local_pytorch after them. 'caffe2' are the names behind the block's own prefix.
-    """
-    ones = ' '.join('1' * module.spatial_dims)
-    pooled = '.0' if module.pool_size > 1 else ''
-    norm = '.0' if module.normalization else ''
-
-    def scheme(theta: str, phi: str, g: str, out: str, bn: str, concat: str) -> Any:
-        layers = {theta: 'query', phi: 'key', g: 'value', out: 'out'}
-        names: dict[str, TorchName] = {
-            f'{theirs}.*': (f'{ours}/*', f'o i {ones} -> i o') for theirs, ours in layers.items()
-        }
-        return names | {f'{bn}.*': 'norm/*', f'{concat}.*': ('similarity/*', 'o i 1 1 -> i o')}
-
-    video = scheme('theta', 'phi', 'g', 'out', 'bn', 'concat_project.0')
-    alexhex7 = scheme('theta', f'phi{pooled}', f'g{pooled}', f'W{norm}', 'W.1', 'concat_project.0')
-    caffe2: dict[str, TorchName] = {
-        f'bn_{theirs}': f'norm/{ours}'
-        for theirs, ours in (('s', 'scale'), ('b', 'bias'), ('rm', 'mean'), ('riv', 'var'))
-    }
-    for theirs, ours in (('theta', 'query'), ('phi', 'key'), ('g', 'value'), ('out', 'out')):
-        caffe2[f'{theirs}_w'] = (f'{ours}/kernel', f'o i {ones} -> i o')
-        caffe2[f'{theirs}_b'] = f'{ours}/bias'
-    return {
-        'authors': video if module.pool_position == 'before' else alexhex7,
-        'video': video,
-        'alexhex7': alexhex7,
-        'mmcv': scheme(
-            'theta.conv',
-            f'phi{pooled}.conv',
-            f'g{pooled}.conv',
-            'conv_out.conv',
-            'conv_out.bn',
-            'concat_project.conv',
-        ),
-        'timm': scheme('t', 'p', 'g', 'z', 'norm', 'concat_project.0'),
-        'cgnl': scheme('t', 'p', 'g', 'z', 'bn', 'concat_project.0'),
-        'caffe2': caffe2,
-    }
-
-
-_ALEXHEX7 = {'pool_position': 'after', 'scale': None}
 
 
 class NonLocal(nn.Module):
@@ -143,30 +100,18 @@ class NonLocal(nn.Module):
         Args:
             x: `[..., h, w, c]`, `[..., l, c]` or `[..., t, h, w, c]` by `spatial_dims`.
             train: uses the batch's statistics in the norm.
-
-        Returns:
-            The shape of x.
-
-        Raises:
-            ValueError: an unknown name, a size below 1, a scale for a mode without one, frames that
-                the group does not divide, or a map smaller than the pool.
         """
         self._check(x)
-        c = x.shape[-1]
+        c, shape = x.shape[-1], x.shape
         d = hidden_width(c, reduction=self.reduction, hidden=self.hidden, minimum=1)
-        shape = x.shape
         x = x.astype(self.dtype or x.dtype)
         if self.group_size is not None:
-            x = x.reshape(*shape[:-4], -1, self.group_size, *shape[-3:])
+            x = rearrange(x, '... (g t) h w c -> ... g t h w c', t=self.group_size)
 
         y = self._attend(x, d)
-        zero_out = self.zero_init and self.normalization is None
-        z = self._dense(
-            c,
-            use_bias=self.use_bias if self.output_bias is None else self.output_bias,
-            kernel_init=initializers.zeros if zero_out else initializers.normal(0.01),
-            name='out',
-        )(y).reshape(x.shape)
+        use_bias = self.use_bias if self.output_bias is None else self.output_bias
+        zero = self.zero_init and self.normalization is None
+        z = self._dense(c, use_bias, 'out', zero=zero)(y).reshape(x.shape)
         if self.normalization == 'batch':
             z = BatchNorm(
                 momentum=self.norm_momentum,
@@ -179,22 +124,21 @@ class NonLocal(nn.Module):
 
     def _attend(self, x: jax.Array, d: int) -> jax.Array:
         """A v, `[..., n, d]`."""
-        project = functools.partial(
-            self._dense, d, use_bias=self.use_bias, kernel_init=initializers.normal(0.01)
+        pool = functools.partial(
+            pool_positions, size=self.pool_size, spatial_dims=self.spatial_dims
         )
-        before = self.pool_position == 'before'
-        pooled = self._pool(x) if before or self.mode == 'gaussian' else x
-        source, after = (pooled, lambda y: y) if before else (x, self._pool)
+        project = functools.partial(self._dense, d, self.use_bias)
+        source, after = (pool(x), lambda y: y) if self.pool_position == 'before' else (x, pool)
         if self.mode == 'gaussian':
-            query, key = x, pooled
+            query, key = x, after(source)
         else:
-            query, key = project(name='query')(x), after(project(name='key')(source))
-        value = after(project(name='value')(source))
+            query, key = project('query')(x), after(project('key')(source))
+        value = after(project('value')(source))
         query, key, value = (flatten_positions(y, self.spatial_dims) for y in (query, key, value))
 
         if self.mode == 'concatenation':
-            weight = _Similarity(self.param_dtype, name='similarity')
-            a, b = weight(query, key)
+            vector = SimilarityVector(2 * d, _INIT, self.param_dtype, name='similarity')
+            a, b = pair_terms(vector(), query, key)
 
             def weights() -> jax.Array:
                 sums = wanted_queries(self, a[..., None]) + b[..., None, :]
@@ -206,10 +150,17 @@ class NonLocal(nn.Module):
         if self.mode != 'dot_product':
             scale = None if self.mode == 'gaussian' else self.scale
             options = {'weighting': 'softmax', 'scale': logit_scale(scale, x.shape[-1], d)}
-        sow_map(
-            self, lambda: functional.attention_weights(wanted_queries(self, query), key, **options)
+        return attend_positions(self, query, key, value, chunk_size=self.chunk_size, **options)
+
+    def _dense(self, features: int, use_bias: bool, name: str, zero: bool = False) -> Dense:
+        return Dense(
+            features,
+            use_bias=use_bias,
+            kernel_init=initializers.zeros if zero else _INIT,
+            bias_init=initializers.zeros,
+            param_dtype=self.param_dtype,
+            name=name,
         )
-        return functional.attend(query, key, value, chunk_size=self.chunk_size, **options)
 
     def _check(self, x: jax.Array) -> None:
         checks.choice('spatial_dims', self.spatial_dims, (1, 2, 3))
@@ -217,8 +168,7 @@ class NonLocal(nn.Module):
         checks.choice('mode', self.mode, _MODES)
         checks.choice('pool_position', self.pool_position, ('before', 'after'))
         checks.choice('normalization', self.normalization, (None, 'batch'))
-        if self.chunk_size is not None:
-            checks.at_least('chunk_size', self.chunk_size, 1)
+        checks.at_least('chunk_size', self.chunk_size, 1)
         if isinstance(self.scale, str):
             checks.choice('scale', self.scale, ('hidden', 'input'))
         if self.mode != 'embedded_gaussian' and self.scale not in (None, 'hidden'):
@@ -234,19 +184,52 @@ class NonLocal(nn.Module):
                 )
             checks.divides('group_size', self.group_size, 'the frames', x.shape[-4])
 
-    def _pool(self, x: jax.Array) -> jax.Array:
-        """Maximum over windows in height and width."""
-        if self.pool_size == 1:
-            return x
-        s = self.pool_size
-        window = {1: (s,), 2: (s, s), 3: (1, s, s)}[self.spatial_dims]
-        return functional.max_pool(x, window)
 
-    def _dense(self, features: int, **options: Any) -> Dense:
-        return Dense(
-            features, bias_init=initializers.zeros, param_dtype=self.param_dtype, **options
-        )
+def _torch_names(module: NonLocal) -> TorchNames:
+    """Names of the released blocks; two of them wrap what they pool, so that a number joins in.
 
+    'authors' is what the block's form comes from: Wang et al. pool before the projections,
+    AlexHex7/Non-local_pytorch after them. 'caffe2' are the names behind the block's own prefix.
+    """
+    phi, g = ('phi.0', 'g.0') if module.pool_size > 1 else ('phi', 'g')
+    w = 'W.0' if module.normalization else 'W'
+
+    def scheme(query: str, key: str, value: str, out: str, norm: str, similarity: str) -> Scheme:
+        layers = {query: 'query', key: 'key', value: 'value', out: 'out'}
+        return {
+            **pointwise(layers, module.spatial_dims),
+            **pointwise({similarity: 'similarity'}),
+            f'{norm}.*': 'norm/*',
+        }
+
+    schemes = {
+        'video': scheme('theta', 'phi', 'g', 'out', 'bn', 'concat_project.0'),
+        'alexhex7': scheme('theta', phi, g, w, 'W.1', 'concat_project.0'),
+        'mmcv': scheme(
+            *(f'{layer}.conv' for layer in ('theta', phi, g, 'conv_out')),
+            'conv_out.bn',
+            'concat_project.conv',
+        ),
+        'timm': scheme('t', 'p', 'g', 'z', 'norm', 'concat_project.0'),
+        'cgnl': scheme('t', 'p', 'g', 'z', 'bn', 'concat_project.0'),
+        'caffe2': {
+            'bn_s': 'norm/scale',
+            'bn_b': 'norm/bias',
+            'bn_rm': 'norm/mean',
+            'bn_riv': 'norm/var',
+        },
+    }
+    ones = ' '.join('1' * module.spatial_dims)
+    for theirs, ours in (('theta', 'query'), ('phi', 'key'), ('g', 'value'), ('out', 'out')):
+        schemes['caffe2'][f'{theirs}_w'] = (f'{ours}/kernel', f'o i {ones} -> i o')
+        schemes['caffe2'][f'{theirs}_b'] = f'{ours}/bias'
+    before = module.pool_position == 'before'
+    return {'authors': schemes['video' if before else 'alexhex7'], **schemes}
+
+
+_MODES = ('embedded_gaussian', 'gaussian', 'dot_product', 'concatenation')
+_INIT = initializers.normal(0.01)
+_ALEXHEX7 = {'pool_position': 'after', 'scale': None}
 
 register_attention(
     'non_local',
@@ -273,24 +256,3 @@ register_attention(
     },
     torch_names=_torch_names,
 )
-
-
-class _Similarity(nn.Module):
-    """The two halves of `wp . [q_i, k_j]`: a number a query and a number a key, in float32."""
-
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        d = query.shape[-1]
-        kernel = self.param('kernel', initializers.normal(0.01), (2 * d, 1), self.param_dtype)
-        cost.add('macs', query.size + key.size)
-        return tuple(
-            jnp.einsum(
-                '...nd,d->...n',
-                y,
-                half.astype(y.dtype),
-                preferred_element_type=statistics_type(y.dtype),
-            )
-            for y, half in ((query, kernel[:d, 0]), (key, kernel[d:, 0]))
-        )

@@ -1,15 +1,20 @@
 """What mechanisms between positions share: attention with its map, and the sum with a gain."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.functional.dtypes import statistics_type
+from attention_jax.functional.dtypes import Dtype, statistics_type
+from attention_jax.modules.initializers import Initializer
 from attention_jax.modules.maps import sow_map, wanted_queries
+
+Pool = Callable[..., jax.Array]
 
 
 def flatten_positions(x: jax.Array, spatial_dims: int = 2) -> jax.Array:
@@ -56,3 +61,34 @@ def logit_scale(scale: str | float | None, channels: int, hidden: int) -> float:
         checks.choice('scale', scale, ('hidden', 'input'))
         return (hidden if scale == 'hidden' else channels) ** -0.5
     return 1.0 if scale is None else float(scale)
+
+
+def pool_positions(
+    x: jax.Array, size: int, spatial_dims: int = 2, pool: Pool = functional.max_pool
+) -> jax.Array:
+    """Pools height and width, and never time, over windows of `size`; 1 is no pool."""
+    if size == 1:
+        return x
+    return pool(x, {1: (size,), 2: (size, size), 3: (1, size, size)}[spatial_dims])
+
+
+class SimilarityVector(nn.Module):
+    """The vector of a learned similarity: a kernel `[rows, 1]`, as `[rows]`."""
+
+    rows: int
+    kernel_init: Initializer
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """Returns the vector."""
+        return self.param('kernel', self.kernel_init, (self.rows, 1), self.param_dtype)[:, 0]
+
+
+def pair_terms(w: jax.Array, query: jax.Array, key: jax.Array) -> Iterator[jax.Array]:
+    """What of `w . [q_i, k_j]`, w `[2 d]`, is each query's and each key's: `[..., n]`, `[..., m]`.
+
+    Float32, or float64 for float64.
+    """
+    for y, half in zip((query, key), jnp.split(w, 2), strict=True):
+        yield functional.contract('...nd,d->...n', y, half.astype(y.dtype), count='macs')

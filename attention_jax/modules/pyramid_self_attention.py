@@ -14,12 +14,8 @@ from attention_jax import checks, functional
 from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.layers import BatchNorm, Dense
 from attention_jax.modules.maps import sow_map, wanted_queries
-from attention_jax.modules.registry import register_attention
+from attention_jax.modules.registry import pointwise, register_attention
 from attention_jax.modules.widths import hidden_width
-
-# A map cut into regions, those at the same place of all its pictures together.
-_CUT = '... (r1 hh) (im r2 ww) f -> ... r1 r2 (hh ww im) f'
-_KERNEL = initializers.normal(0.02)
 
 
 class PyramidSelfAttention(nn.Module):
@@ -68,19 +64,7 @@ class PyramidSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Attends within regions.
-
-        Args:
-            x: `[..., h, w, c]`.
-            train: uses the batch's statistics in the norms.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: sides that pool, pictures and scales do not divide, no scale, or a width or
-                number below 1.
-        """
+        """Attends within the regions of x `[..., h, w, c]`; `train` is for the norms."""
         checks.feature_map(x)
         h, w, c = x.shape[-3:]
         if not self.scales:
@@ -94,53 +78,25 @@ class PyramidSelfAttention(nn.Module):
                 side //= self.pool_size
                 checks.divides('scales', r, 'the pooled sides of a picture in x, got', side)
         d = hidden_width(c, reduction=self.reduction, hidden=self.hidden)
-        if self.chunk_size is not None:
-            checks.at_least('chunk_size', self.chunk_size, 1)
+        checks.at_least('chunk_size', self.chunk_size, 1)
         x = x.astype(self.dtype or x.dtype)
 
         p = functional.avg_pool(x, self.pool_size) if self.pool_size > 1 else x
+        settings = (self.images, d, self.chunk_size, self.param_dtype)
         levels = [
-            _Level(r, self.images, d, self.chunk_size, self.param_dtype, name=f'level_{i}')(
-                p, train=train
-            )
+            _Level(r, *settings, name=f'level_{i}')(p, train=train)
             for i, r in enumerate(self.scales)
         ]
-        y = Dense(c, use_bias=False, kernel_init=_KERNEL, param_dtype=self.param_dtype, name='out')(
-            jnp.concatenate(levels, -1)
-        )
+        init = {'kernel_init': _KERNEL, 'param_dtype': self.param_dtype}
+        y = Dense(c, use_bias=False, **init, name='out')(jnp.concatenate(levels, -1))
         # The projection before the resize: they commute, and the small map is cheaper.
         y = functional.upsample(y, self.pool_size)
         return x + y if self.residual else y
 
 
-def _example(shape: Sequence[int]) -> dict[str, Any]:
-    """One picture a map, where the default is two side by side, and scales that divide the map."""
-    most = math.gcd(8, *shape[-3:-1])
-    scales = {} if most == 8 else {'scales': tuple(r for r in (1, 2, 4) if r <= most)}
-    return {'images': 1, **scales}
-
-
-register_attention(
-    'pyramid_self_attention',
-    PyramidSelfAttention,
-    paper='A Spatial-Temporal Attention-Based Method and a New Dataset for Remote Sensing Image '
-    'Change Detection',
-    year=2020,
-    family='positions',
-    complexity='N^2 C + N C^2',
-    variants={'authors': {}},
-    example=_example,
-    torch_names={
-        'authors': {
-            'stages.{i}.f_key.0.*': ('level_{i}/key/*', 'o i 1 1 -> i o'),
-            'stages.{i}.f_key.1.*': 'level_{i}/key_norm/*',
-            'stages.{i}.f_query.0.*': ('level_{i}/query/*', 'o i 1 1 -> i o'),
-            'stages.{i}.f_query.1.*': 'level_{i}/query_norm/*',
-            'stages.{i}.f_value.*': ('level_{i}/value/*', 'o i 1 1 -> i o'),
-            'conv_bn.0.*': ('out/*', 'o i 1 1 -> i o'),
-        }
-    },
-)
+# A map cut into regions, those at the same place of all its pictures together.
+_CUT = '... (r1 hh) (im r2 ww) f -> ... r1 r2 (hh ww im) f'
+_KERNEL = initializers.normal(0.02)
 
 
 class _Level(nn.Module):
@@ -185,11 +141,43 @@ class _Level(nn.Module):
         # Where each position of the map went: its place among all the sets, one after another.
         place = jnp.argsort(cells.reshape(-1))[asked[:, 0]]
         m = query.shape[-2]
-        rows, sets = (
-            rearrange(y, f'... r1 r2 m f -> ... {to}')
-            for y, to in ((query, '(r1 r2 m) f'), (key, '(r1 r2) m f'))
-        )
+        rows = rearrange(query, '... r1 r2 m f -> ... (r1 r2 m) f')
+        sets = rearrange(key, '... r1 r2 m f -> ... (r1 r2) m f')
         weights = functional.attention_weights(
             jnp.take(rows, place, -2)[..., None, :], jnp.take(sets, place // m, -3)
         )
         return weights[..., 0, :]
+
+
+def _example(shape: Sequence[int]) -> dict[str, Any]:
+    """One picture a map, where the default is two side by side, and scales that divide the map."""
+    most = math.gcd(8, *shape[-3:-1])
+    scales = {} if most == 8 else {'scales': tuple(r for r in (1, 2, 4) if r <= most)}
+    return {'images': 1, **scales}
+
+
+register_attention(
+    'pyramid_self_attention',
+    PyramidSelfAttention,
+    paper='A Spatial-Temporal Attention-Based Method and a New Dataset for Remote Sensing Image '
+    'Change Detection',
+    year=2020,
+    family='positions',
+    complexity='N^2 C + N C^2',
+    variants={'authors': {}},
+    example=_example,
+    torch_names={
+        'authors': {
+            **pointwise(
+                {
+                    'stages.{i}.f_key.0': 'level_{i}/key',
+                    'stages.{i}.f_query.0': 'level_{i}/query',
+                    'stages.{i}.f_value': 'level_{i}/value',
+                    'conv_bn.0': 'out',
+                }
+            ),
+            'stages.{i}.f_key.1.*': 'level_{i}/key_norm/*',
+            'stages.{i}.f_query.1.*': 'level_{i}/query_norm/*',
+        }
+    },
+)

@@ -1,42 +1,31 @@
 """The general attention block: query, key, value, and what is done with them."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
-from attention_jax.functional import cost
 from attention_jax.functional.dot_product import WEIGHTINGS
-from attention_jax.functional.dtypes import Dtype, statistics_type
-from attention_jax.modules.initializers import Initializer
+from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.layers import BatchNorm, Dense
 from attention_jax.modules.maps import sow_map, wanted_queries
-from attention_jax.modules.positions import add_gained, attend_positions, flatten_positions
-from attention_jax.modules.registry import TorchNames, register_attention
+from attention_jax.modules.positions import (
+    SimilarityVector,
+    add_gained,
+    attend_positions,
+    flatten_positions,
+    pair_terms,
+    pool_positions,
+)
+from attention_jax.modules.registry import TorchNames, pointwise, register_attention
 from attention_jax.modules.widths import hidden_width
-
-_SIMILARITIES = ('dot', 'scaled_dot', 'cosine', 'gaussian', 'mlp', 'concat')
-_LEARNED = ('mlp', 'concat')
-_INIT: Initializer = initializers.lecun_normal()
-
-
-def _torch_names(module: 'QKVAttention') -> TorchNames:
-    ones = ' '.join('1' * module.spatial_dims)
-    layers = {f'{n}.*': (f'{n}/*', f'o i {ones} -> i o') for n in ('query', 'key', 'value', 'out')}
-    return {
-        'authors': layers | {'similarity.*': 'similarity/*', 'norm.*': 'norm/*', 'gamma': 'gamma'}
-    }
-
-
-def _context_channels(arrays: Mapping[str, Any]) -> tuple[int, ...]:
-    """Query and key that read different channels read different maps."""
-    channels = [arrays[name].shape[1] for name in ('query.weight', 'key.weight') if name in arrays]
-    return tuple(channels[1:]) if len(set(channels)) > 1 else ()
 
 
 class QKVAttention(nn.Module):
@@ -133,13 +122,6 @@ class QKVAttention(nn.Module):
             context: a map that gives keys and values, of any size and channels, with the leading
                 axes of x; None is x.
             train: uses the batch's statistics in the norm.
-
-        Returns:
-            The shape of x.
-
-        Raises:
-            ValueError: an unknown name, a number out of range, heads that do not divide the
-                features, or fields that do not go together.
         """
         self._check(x, context)
         c = x.shape[-1]
@@ -150,8 +132,7 @@ class QKVAttention(nn.Module):
 
         zero = self.zero_init and self.residual == 'plain'
         if self.output_projection:
-            zero_out = zero and self.normalization is None
-            y = self._dense(c, 'out', initializers.zeros if zero_out else _INIT)(y)
+            y = self._dense(c, 'out', zero=zero and self.normalization is None)(y)
         if self.normalization == 'batch':
             y = BatchNorm(
                 scale_init=initializers.zeros if zero else initializers.ones,
@@ -166,14 +147,20 @@ class QKVAttention(nn.Module):
         self, x: jax.Array, source: jax.Array, d: int, e: int
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Query, key and value, as maps."""
+        pool = functools.partial(
+            pool_positions,
+            size=self.pool_size,
+            spatial_dims=self.spatial_dims,
+            pool=functional.max_pool if self.pool == 'max' else functional.avg_pool,
+        )
         before = self.pool_position == 'before'
-        pooled = self._pool(source) if before else source
+        pooled = pool(source) if before else source
         query, key, value = x, pooled, pooled
         if self.projections == 'linear':
             query, key = self._dense(d, 'query')(x), self._dense(d, 'key')(pooled)
         if self.projections != 'identity':
             value = self._dense(e, 'value')(pooled)
-        return query, *((key, value) if before else map(self._pool, (key, value)))
+        return query, *((key, value) if before else map(pool, (key, value)))
 
     def _attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, shape: tuple[int, ...]
@@ -192,7 +179,11 @@ class QKVAttention(nn.Module):
             )
             sow_map(self, lambda: weights.astype(value.dtype))
             return functional.mix_channels(weights, value, **options)
-        query, key, value = (self._split(y) for y in (query, key, value))
+        query, key, value = (flatten_positions(y, self.spatial_dims) for y in (query, key, value))
+        if self.heads > 1:
+            query, key, value = (
+                rearrange(y, '... n (g f) -> ... g n f', g=self.heads) for y in (query, key, value)
+            )
         if self.similarity in _LEARNED:
             y = self._attend_learned(query, key, value)
         else:
@@ -207,20 +198,20 @@ class QKVAttention(nn.Module):
                 chunk_size=self.chunk_size,
             )
         if self.heads > 1:
-            y = jnp.swapaxes(y, -3, -2)
+            y = rearrange(y, '... g n f -> ... n (g f)')
         return y.reshape(*shape[:-1], -1)
 
     def _attend_learned(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         """Similarities with parameters of their own, `[..., n, e]`."""
         length, dtype = query.shape[-1], value.dtype
         rows = length if self.similarity == 'mlp' else 2 * length
-        weight = _Kernel(rows, self.param_dtype, name='similarity')()
+        weight = SimilarityVector(rows, _INIT, self.param_dtype, name='similarity')()
         if self.similarity == 'mlp':
             weight, act = weight * self.scale, self.activation
         else:
             # relu(a.[u, w]) is relu of a number of the query plus one of the key: features of
             # length 1, and a weight that is the scale.
-            query, key = _product(query, weight[:length]), _product(key, weight[length:])
+            query, key = (term[..., None] for term in pair_terms(weight, query, key))
             weight, act = jnp.full((1,), self.scale, query.dtype), 'relu'
 
         options = {'activation': act, 'weighting': self.weighting, 'chunk_size': self.chunk_size}
@@ -241,25 +232,11 @@ class QKVAttention(nn.Module):
         factor = {'scaled_dot': length**-0.5, 'gaussian': self.sigma**-2}
         return float(self.scale) * factor.get(self.similarity, 1.0)
 
-    def _split(self, y: jax.Array) -> jax.Array:
-        """`[..., *spatial, f] -> [..., heads, n, f / heads]`; one head has no axis."""
-        y = flatten_positions(y, self.spatial_dims)
-        if self.heads == 1:
-            return y
-        return jnp.swapaxes(y.reshape(*y.shape[:-1], self.heads, -1), -3, -2)
-
-    def _pool(self, y: jax.Array) -> jax.Array:
-        if self.pool_size == 1:
-            return y
-        s = self.pool_size
-        window = {1: (s,), 2: (s, s), 3: (1, s, s)}[self.spatial_dims]
-        return (functional.max_pool if self.pool == 'max' else functional.avg_pool)(y, window)
-
-    def _dense(self, features: int, name: str, kernel_init: Initializer = _INIT) -> Dense:
+    def _dense(self, features: int, name: str, zero: bool = False) -> Dense:
         return Dense(
             features,
             use_bias=self.use_bias,
-            kernel_init=kernel_init,
+            kernel_init=initializers.zeros if zero else _INIT,
             bias_init=initializers.zeros,
             param_dtype=self.param_dtype,
             name=name,
@@ -294,24 +271,12 @@ class QKVAttention(nn.Module):
         return d, e
 
     def _check(self, x: jax.Array, context: jax.Array | None) -> None:
-        for name, allowed in (
-            ('axis', ('space', 'channel')),
-            ('spatial_dims', (1, 2, 3)),
-            ('projections', ('linear', 'value', 'identity')),
-            ('similarity', _SIMILARITIES),
-            ('activation', ('tanh', 'relu')),
-            ('weighting', WEIGHTINGS),
-            ('pool', ('max', 'average')),
-            ('pool_position', ('before', 'after')),
-            ('normalization', (None, 'batch')),
-            ('residual', ('none', 'plain', 'gamma')),
-        ):
+        for name, allowed in _CHOICES.items():
             checks.choice(name, getattr(self, name), allowed)
         checks.feature_map(x, self.spatial_dims)
         if self.sigma <= 0:
             raise ValueError(f'sigma must be positive, got {self.sigma}')
-        if self.chunk_size is not None:
-            checks.at_least('chunk_size', self.chunk_size, 1)
+        checks.at_least('chunk_size', self.chunk_size, 1)
         if self.similarity == 'gaussian' and self.weighting == 'sigmoid':
             raise ValueError("weighting 'sigmoid' has no meaning for similarity 'gaussian'")
         if self.projections == 'identity' and (self.hidden, self.value_hidden) != (None, None):
@@ -347,6 +312,34 @@ class QKVAttention(nn.Module):
             )
 
 
+_LEARNED = ('mlp', 'concat')
+_INIT = initializers.lecun_normal()
+_CHOICES = {
+    'axis': ('space', 'channel'),
+    'spatial_dims': (1, 2, 3),
+    'projections': ('linear', 'value', 'identity'),
+    'similarity': ('dot', 'scaled_dot', 'cosine', 'gaussian', *_LEARNED),
+    'activation': ('tanh', 'relu'),
+    'weighting': WEIGHTINGS,
+    'pool': ('max', 'average'),
+    'pool_position': ('before', 'after'),
+    'normalization': (None, 'batch'),
+    'residual': ('none', 'plain', 'gamma'),
+}
+
+
+def _torch_names(module: QKVAttention) -> TorchNames:
+    layers = {name: name for name in ('query', 'key', 'value', 'out')}
+    rest = {'similarity.*': 'similarity/*', 'norm.*': 'norm/*', 'gamma': 'gamma'}
+    return {'authors': pointwise(layers, module.spatial_dims) | rest}
+
+
+def _context_channels(arrays: Mapping[str, Any]) -> tuple[int, ...]:
+    """Query and key that read different channels read different maps."""
+    channels = [arrays[name].shape[1] for name in ('query.weight', 'key.weight') if name in arrays]
+    return tuple(channels[1:]) if len(set(channels)) > 1 else ()
+
+
 register_attention(
     'qkv',
     QKVAttention,
@@ -373,26 +366,3 @@ register_attention(
     torch_names=_torch_names,
     context_channels=_context_channels,
 )
-
-
-class _Kernel(nn.Module):
-    """The vector of a learned similarity: a kernel `[rows, 1]`, as `[rows]`."""
-
-    rows: int
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        return self.param('kernel', _INIT, (self.rows, 1), self.param_dtype)[:, 0]
-
-
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`x . weight [..., n, 1]`, float32 or float64."""
-    cost.add('macs', x.size)
-    y = jnp.einsum(
-        '...nd,d->...n',
-        x,
-        weight.astype(x.dtype),
-        preferred_element_type=statistics_type(x.dtype),
-    )
-    return y[..., None]

@@ -21,7 +21,8 @@ from attention_jax import checks
 # stacked along a new first axis, which the pattern then speaks of.
 ForeignName = str | tuple[str, ...]
 TorchName = str | None | tuple[str, 'str | Mapping[str, TorchName]']
-TorchNames = Mapping[str, Mapping[ForeignName, TorchName]]  # naming scheme -> foreign name -> ours
+Scheme = dict[ForeignName, TorchName]  # the names of one naming scheme
+TorchNames = Mapping[str, Mapping[ForeignName, TorchName]]  # naming scheme -> its names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def spatial_rank(module: nn.Module) -> int:
     return getattr(module, 'spatial_dims', 2)
 
 
-def pointwise(layers: Mapping[str, str], spatial_dims: int = 2) -> dict[ForeignName, TorchName]:
+def pointwise(layers: Mapping[str, str], spatial_dims: int = 2) -> Scheme:
     """Their 1x1 convolutions that are dense layers of ours: their layer -> our layer, as names."""
     pattern = f'o i {" ".join("1" * spatial_dims)} -> i o'
     return {f'{theirs}.*': (f'{ours}/*', pattern) for theirs, ours in layers.items()}

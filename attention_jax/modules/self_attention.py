@@ -8,32 +8,17 @@ from flax import linen as nn
 from jax.nn import initializers
 
 from attention_jax import checks, functional
+from attention_jax.functional.broadcast import expand_to
 from attention_jax.functional.dtypes import Dtype, statistics_type
 from attention_jax.modules.layers import Dense
-from attention_jax.modules.positions import add_gained, attend_positions, flatten_positions
-from attention_jax.modules.registry import TorchName, TorchNames, register_attention
+from attention_jax.modules.positions import (
+    add_gained,
+    attend_positions,
+    flatten_positions,
+    pool_positions,
+)
+from attention_jax.modules.registry import Scheme, TorchNames, pointwise, register_attention
 from attention_jax.modules.widths import hidden_width
-
-_OFFICIAL = {
-    'value_reduction': 2,
-    'output_projection': True,
-    'pool_size': 2,
-    'use_bias': False,
-    'spectral_norm': True,
-}
-
-
-def _torch_names(module: 'SelfAttention') -> TorchNames:
-    """The names of the article's class, and those of the TensorFlow graph."""
-    article: dict[str, TorchName] = {'gamma': 'gamma'}
-    official: dict[str, TorchName] = {'sigma_ratio': ('gamma', '-> 1')}
-    for theirs, ours in (('query', 'query'), ('key', 'key'), ('value', 'value')):
-        article[f'{theirs}_conv.*'] = (f'{ours}/*', 'o i 1 1 -> i o')
-    for theirs, ours in (('theta', 'query'), ('phi', 'key'), ('g', 'value'), ('attn', 'out')):
-        official[f'sn_conv_{theirs}/w'] = (f'{ours}/kernel', '1 1 i o -> i o')
-        official[f'sn_conv_{theirs}/u'] = f'{ours}/u'
-    authors = official if module.output_projection else article
-    return {'authors': authors, 'article': article, 'official': official}
 
 
 class SelfAttention(nn.Module):
@@ -94,18 +79,9 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Adds to each position what it gathers from the others.
+        """Adds to each position of x `[..., h, w, c]` what it gathers from the others.
 
-        Args:
-            x: `[..., h, w, c]`.
-            train: stores the new state of the spectral norm; changes nothing else.
-
-        Returns:
-            `[..., h, w, c]`.
-
-        Raises:
-            ValueError: a width or size below 1, e other than c without an output projection, or a
-                map smaller than the pool.
+        `train` stores the new state of the spectral norm and changes nothing else.
         """
         checks.feature_map(x)
         c = x.shape[-1]
@@ -120,42 +96,20 @@ class SelfAttention(nn.Module):
             )
         checks.pool_fits(x, self.pool_size)
         x = x.astype(self.dtype or x.dtype)
-        project = functools.partial(
-            _SpectralDense if self.spectral_norm else Dense,
-            use_bias=self.use_bias,
-            param_dtype=self.param_dtype,
-        )
-        options = {'train': train} if self.spectral_norm else {}
 
-        def pool(y: jax.Array) -> jax.Array:
-            return functional.max_pool(y, self.pool_size) if self.pool_size > 1 else y
+        def project(features: int, name: str, y: jax.Array) -> jax.Array:
+            options = {'use_bias': self.use_bias, 'param_dtype': self.param_dtype, 'name': name}
+            if self.spectral_norm:
+                return _SpectralDense(features, **options)(y, train=train)
+            return Dense(features, **options)(y)
 
-        query = project(d, name='query')(x, **options)
-        key = pool(project(d, name='key')(x, **options))
-        value = pool(project(e, name='value')(x, **options))
-        y = attend_positions(
-            self,
-            *map(flatten_positions, (query, key, value)),
-            scale=1.0,
-            chunk_size=self.chunk_size,
-        ).reshape(*x.shape[:-1], e)
-        if self.output_projection:
-            y = project(c, name='out')(y, **options)
-        return add_gained(self, x, y)
-
-
-register_attention(
-    'self_attention',
-    SelfAttention,
-    paper='Self-Attention Generative Adversarial Networks',
-    arxiv='1805.08318',
-    year=2019,
-    family='positions',
-    complexity='N^2 C + N C^2',
-    identity_at_init=True,
-    variants={'article': {}, 'official': _OFFICIAL},
-    torch_names=_torch_names,
-)
+        query = project(d, 'query', x)
+        key = pool_positions(project(d, 'key', x), self.pool_size)
+        value = pool_positions(project(e, 'value', x), self.pool_size)
+        rows = map(flatten_positions, (query, key, value))
+        y = attend_positions(self, *rows, scale=1.0, chunk_size=self.chunk_size)
+        y = y.reshape(*x.shape[:-1], e)
+        return add_gained(self, x, project(c, 'out', y) if self.output_projection else y)
 
 
 class _SpectralDense(nn.Module):
@@ -169,12 +123,9 @@ class _SpectralDense(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = self.param('kernel', initializers.xavier_uniform(), shape, self.param_dtype)
+        start, u_shape = initializers.truncated_normal(1.0), (1, self.features)
         state = self.variable(
-            'spectral',
-            'u',
-            lambda: initializers.truncated_normal(1.0)(
-                self.make_rng('params'), (1, self.features), jnp.float32
-            ),
+            'spectral', 'u', lambda: start(self.make_rng('params'), u_shape, jnp.float32)
         )
         wide = statistics_type(kernel.dtype)
         w = kernel.astype(wide)
@@ -187,9 +138,44 @@ class _SpectralDense(nn.Module):
         y = functional.dense(x, (w / norm).astype(x.dtype))
         if self.use_bias:
             bias = self.param('bias', initializers.zeros, (self.features,), self.param_dtype)
-            y = y + jnp.expand_dims(bias.astype(x.dtype), tuple(range(x.ndim - 1)))
+            y = y + expand_to(bias.astype(x.dtype), y)
         return y
 
 
 def _unit(a: jax.Array) -> jax.Array:
     return a / (jnp.linalg.norm(a) + 1e-12)
+
+
+def _torch_names(module: SelfAttention) -> TorchNames:
+    """The names of the article's class, and those of the TensorFlow graph."""
+    article = pointwise({'query_conv': 'query', 'key_conv': 'key', 'value_conv': 'value'})
+    official: Scheme = {'sigma_ratio': ('gamma', '-> 1')}
+    for theirs, ours in (('theta', 'query'), ('phi', 'key'), ('g', 'value'), ('attn', 'out')):
+        official[f'sn_conv_{theirs}/w'] = (f'{ours}/kernel', '1 1 i o -> i o')
+        official[f'sn_conv_{theirs}/u'] = f'{ours}/u'
+    article['gamma'] = 'gamma'
+    authors = official if module.output_projection else article
+    return {'authors': authors, 'article': article, 'official': official}
+
+
+register_attention(
+    'self_attention',
+    SelfAttention,
+    paper='Self-Attention Generative Adversarial Networks',
+    arxiv='1805.08318',
+    year=2019,
+    family='positions',
+    complexity='N^2 C + N C^2',
+    identity_at_init=True,
+    variants={
+        'article': {},
+        'official': {
+            'value_reduction': 2,
+            'output_projection': True,
+            'pool_size': 2,
+            'use_bias': False,
+            'spectral_norm': True,
+        },
+    },
+    torch_names=_torch_names,
+)

@@ -14,13 +14,7 @@ from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.gating import ACTIVATIONS
 from attention_jax.modules.layers import BatchNorm, Conv, Dense
 from attention_jax.modules.maps import sow_map
-from attention_jax.modules.registry import (
-    ForeignName,
-    TorchName,
-    TorchNames,
-    pointwise,
-    register_attention,
-)
+from attention_jax.modules.registry import Scheme, TorchNames, pointwise, register_attention
 from attention_jax.modules.widths import hidden_width
 
 
@@ -172,14 +166,14 @@ class _Branch(nn.Module):
 def _torch_names(module: SelectiveKernel) -> TorchNames:
     """Names in timm, and in PyTorch copies with a layer of their own for each branch."""
 
-    def branches(theirs: str, conv: str, norm: str) -> dict[ForeignName, TorchName]:
+    def branches(theirs: str, conv: str, norm: str) -> Scheme:
         return {
             f'{theirs}.{{m}}.{conv}.*': 'branch_{m}/conv/*',
             f'{theirs}.{{m}}.{norm}.*': 'branch_{m}/norm/*',
         }
 
     numbers = range(len(module.kernel_sizes))
-    separate: dict[ForeignName, TorchName] = {
+    separate: Scheme = {
         tuple(f'fcs.{m}.weight' for m in numbers): ('select/kernel', 'm o i 1 1 -> i (m o)'),
         tuple(f'fcs.{m}.bias' for m in numbers): ('select/bias', 'm o -> (m o)'),
     }

@@ -9,7 +9,7 @@ from attention_jax import checks, functional
 from attention_jax.functional.dtypes import Dtype
 from attention_jax.modules.gating import PlaneGate, rescale
 from attention_jax.modules.maps import sow_map
-from attention_jax.modules.registry import ForeignName, TorchName, register_attention
+from attention_jax.modules.registry import Scheme, register_attention
 
 
 class TripletAttention(nn.Module):
@@ -94,7 +94,7 @@ class _Plane(PlaneGate):
         return jnp.expand_dims(rearrange(g, '... c w -> ... w c') if turn else g, self.axis)
 
 
-def _names(gate: str, **planes: str) -> dict[ForeignName, TorchName]:
+def _names(gate: str, **planes: str) -> Scheme:
     """Names of the convolution and norm of each plane's gate, `gate` being where they sit."""
     return {
         f'{theirs}.{gate}.{layer}.*': f'{ours}/{name}/*'
