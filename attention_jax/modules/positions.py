@@ -1,4 +1,4 @@
-"""What mechanisms between positions share: attention with its map, and the sum with a gain."""
+"""What mechanisms between positions share: pools, attention with its map, the sum with a gain."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,8 +13,6 @@ from attention_jax import checks, functional
 from attention_jax.functional.dtypes import Dtype, statistics_type
 from attention_jax.modules.initializers import Initializer
 from attention_jax.modules.maps import sow_map, wanted_queries
-
-Pool = Callable[..., jax.Array]
 
 
 def flatten_positions(x: jax.Array, spatial_dims: int = 2) -> jax.Array:
@@ -34,8 +32,7 @@ def attend_positions(
     **options: Any,
 ) -> jax.Array:
     """`functional.attend` inside a module, which sows the rows of its map that were asked for."""
-    if chunk_size is not None:
-        checks.at_least('chunk_size', chunk_size, 1)
+    checks.at_least('chunk_size', chunk_size, 1)
     sow_map(
         module,
         lambda: functional.attention_weights(wanted_queries(module, query), key, **options),
@@ -64,7 +61,10 @@ def logit_scale(scale: str | float | None, channels: int, hidden: int) -> float:
 
 
 def pool_positions(
-    x: jax.Array, size: int, spatial_dims: int = 2, pool: Pool = functional.max_pool
+    x: jax.Array,
+    size: int,
+    spatial_dims: int = 2,
+    pool: Callable[..., jax.Array] = functional.max_pool,
 ) -> jax.Array:
     """Pools height and width, and never time, over windows of `size`; 1 is no pool."""
     if size == 1:
