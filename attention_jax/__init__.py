@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from attention_jax.analysis.maps import attention_maps
     from attention_jax.tasks.detection.prediction import predict
     from attention_jax.training.checkpoints import load
-    from attention_jax.training.runs import load_pretrained
+    from attention_jax.training.pretrained import load_pretrained
 
 # What a user of one module need not pay for is imported when it is first used.
 _LAZY = {
@@ -23,7 +23,7 @@ _LAZY = {
     'data': 'attention_jax.data',
     'interop': 'attention_jax.interop',
     'load': 'attention_jax.training.checkpoints',
-    'load_pretrained': 'attention_jax.training.runs',
+    'load_pretrained': 'attention_jax.training.pretrained',
     'models': 'attention_jax.models',
     'predict': 'attention_jax.tasks.detection.prediction',
     'tasks': 'attention_jax.tasks',

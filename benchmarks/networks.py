@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from attention_jax.analysis import benchmark
 from attention_jax.models.registry import model_entry
-from attention_jax.tasks.classification.source import Description
+from attention_jax.tasks.task import task_entry
 from attention_jax.training import sharding
 from attention_jax.training.program import Program, make_program
 from configs import base, yolov4_tiny
@@ -42,32 +42,12 @@ STEPS = (
 )
 BOXES = 20  # an image, of detection
 COMPILES = (
-    'resnet50',
-    'resnet152',
-    'resnext50_32x4d',
-    'resnext101_64x4d',
-    'seresnet50',
-    'senet154',
-    'eca_resnet50',
-    'cbam_resnet50',
-    'bam_resnet50',
-    'gc_resnet50_r16',
-    'gcresnet50t',
-    'triplet_resnet50',
-    'nl_resnet50_5',
-    'a2_resnet50_5_d2',
-    'cgnl_resnet50_1',
-    'gsop_net1_resnet50',
-    'gsop_net2_resnet50',
-    'sknet50',
-    'skresnet18',
-    'resnest50',
-    'resnest50_fast_4s2x40d',
-    'resnest269',
-    'mobilenetv2',
-    'eca_mobilenetv2',
-    'cifar_resnet110',
-)
+    'resnet50', 'resnet152', 'resnext50_32x4d', 'resnext101_64x4d', 'seresnet50', 'senet154',
+    'eca_resnet50', 'cbam_resnet50', 'bam_resnet50', 'gc_resnet50_r16', 'gcresnet50t',
+    'triplet_resnet50', 'nl_resnet50_5', 'a2_resnet50_5_d2', 'cgnl_resnet50_1',
+    'gsop_net1_resnet50', 'gsop_net2_resnet50', 'sknet50', 'skresnet18', 'resnest50',
+    'resnest50_fast_4s2x40d', 'resnest269', 'mobilenetv2', 'eca_mobilenetv2', 'cifar_resnet110',
+)  # fmt: skip
 
 
 def detects(name: str) -> bool:
@@ -90,16 +70,7 @@ def build(name: str, batch: int, size: int) -> Program:
     config = yolov4_tiny.get_config('voc') if detects(name) else base.get_config('imagenet2012')
     config.model.name = name
     config.train.batch_size = batch
-    description = Description(
-        name='random',
-        image_shape=(size, size, 3),
-        num_classes=entry.num_classes,
-        class_names=tuple(map(str, range(entry.num_classes))),
-        splits={},
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        flip=True,
-    )
+    description = task_entry(entry.task).description('random', (size, size, 3), entry.num_classes)
     return make_program(config, description, sharding.make_mesh(1, 1, jax.devices()[:1]))
 
 

@@ -21,8 +21,7 @@ from attention_jax.config import check, defaults, load_config
 from attention_jax.models.costs import costs
 from attention_jax.models.registry import model_entry
 from attention_jax.modules.registry import create_attention
-from attention_jax.tasks import open_source
-from attention_jax.tasks.classification.source import Description
+from attention_jax.tasks.task import open_source, task_entry
 from attention_jax.training import sharding
 from attention_jax.training.program import make_program
 
@@ -60,7 +59,7 @@ def _refusal(error: Exception, device: str) -> str:
 
 def _step_report(job: Mapping[str, Any], device: str) -> dict[str, Any]:
     """Compiles a training step, the very one of `training.loop`."""
-    config = _read_config(job) if '.py' in job['model'] else _plain_config(job, device)
+    config = _config(job, device)
     check(config)
     description, note = _describe_data(config)
     mesh = sharding.make_mesh(-1, config.mesh.fsdp, topology_devices(device))
@@ -102,38 +101,27 @@ def _step_report(job: Mapping[str, Any], device: str) -> dict[str, Any]:
     }
 
 
-def _read_config(job: Mapping[str, Any]) -> ConfigDict:
-    """The config of a file, with what the job changes in it."""
-    config = load_config(job['model'])
+def _config(job: Mapping[str, Any], device: str) -> ConfigDict:
+    """The config of a file, or of a network alone, with what the job changes in it."""
+    if '.py' in job['model']:
+        config = load_config(job['model'])
+    else:
+        config = defaults()
+        config.task, config.model.name = model_entry(job['model']).task, job['model']
+        config.data.name = ''
+        config.train.batch_size = 128 * math.prod(parse_device(device)[1])
     if job['attention']:
         config.model.attention = job['attention']
         config.model.attention_args = {}
         config.model.placement = ''
-    if job['placement']:
-        config.model.placement = job['placement']
-    if job['num_classes']:
-        config.model.num_classes = job['num_classes']
-    if job['size']:
-        config.data.image_size = job['size']
-    if job['fsdp']:
-        config.mesh.fsdp = job['fsdp']
-    config.train.compute_dtype = job['dtype']
-    return config
-
-
-def _plain_config(job: Mapping[str, Any], device: str) -> ConfigDict:
-    """The config of a network alone: SGD with momentum."""
-    config = defaults()
-    config.task = model_entry(job['model']).task
-    config.model.name = job['model']
-    config.model.num_classes = job['num_classes']
-    config.model.attention = job['attention'] or ''
-    config.model.placement = job['placement'] or ''
-    config.data.name = ''
-    config.data.image_size = job['size']
-    config.train.batch_size = 128 * math.prod(parse_device(device)[1])
-    config.train.compute_dtype = job['dtype']
-    config.mesh.fsdp = job['fsdp'] or 1
+    changes = {
+        'model.placement': job['placement'],
+        'model.num_classes': job['num_classes'],
+        'data.image_size': job['size'],
+        'mesh.fsdp': job['fsdp'],
+        'train.compute_dtype': job['dtype'],
+    }
+    config.update_from_flattened_dict({key: value for key, value in changes.items() if value})
     return config
 
 
@@ -150,15 +138,10 @@ def _describe_data(config: ConfigDict) -> tuple[Any, str]:
             note = f'data set {config.data.name} is not here: images as the network is counted with'
     if description is None:
         size = config.data.image_size or entry.input_size
-        description = Description(
-            name=config.data.name or '',
+        description = task_entry(config.task).description(
+            name=config.data.name,
             image_shape=(*((size, size) if isinstance(size, int) else size), 3),
             num_classes=entry.num_classes,
-            class_names=(),
-            splits={},
-            mean=(0.5,) * 3,
-            std=(0.5,) * 3,
-            flip=True,
         )
     if config.model.num_classes:
         description = dataclasses.replace(description, num_classes=config.model.num_classes)
@@ -246,7 +229,7 @@ def _compile(
         'bytes_off_chip': int(min(moved, off_chip)),
         'flops': int(cost.get('flops', 0)),
         'memory': {**memory, 'total': sum(memory.values())},
-        'collectives': [dataclasses.asdict(c) for c in sent],
+        'collectives': [c._asdict() for c in sent],
         'batch_gathers': batch_gathers(sent, batch, mesh.size, split=split, parameters=parameters),
         'loops': sum(i.opcode == 'while' for i in instructions),
         'compile_seconds': seconds,

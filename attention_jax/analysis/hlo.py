@@ -1,9 +1,9 @@
 """Reading the text of a compiled program: what it moves, and what it sends between devices."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 # `f32[8,16]{1,0:T(8,128)S(1)}`: type, shape, and layout: axes from minor to major, the tile that
 # the last of them are padded to, and the memory, S(0) or nothing for the chip's main one.
@@ -11,89 +11,46 @@ _ARRAY = re.compile(r'\b(pred|[suf]\d+|bf16|f8\w+|c\d+)\[([\d,]*)\](?:\{([^{}]*)
 _INSTRUCTION = re.compile(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*?)(?:(?<=\s)|^)([a-z][\w\-]*)\((.*)')
 _COMPUTATION = re.compile(r'(ENTRY )?%?([\w.\-]+) .*\{$')
 _COLLECTIVES = (
-    'all-gather',
-    'all-reduce',
-    'reduce-scatter',
-    'all-to-all',
-    'ragged-all-to-all',
-    'collective-permute',
-    'collective-broadcast',
-)
+    'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
+    'collective-permute', 'collective-broadcast',
+)  # fmt: skip
 # Instructions that touch no data, or whose data the instruction before them has counted.
 _FREE = (
-    'parameter',
-    'constant',
-    'tuple',
-    'get-tuple-element',
-    'bitcast',
-    'after-all',
-    'partition-id',
-    'replica-id',
-    'while',
-    'conditional',
-    'call',
-)
+    'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id',
+    'replica-id', 'while', 'conditional', 'call',
+)  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """An array in a compiled program.
+class Array(NamedTuple):
+    """An array in a compiled program."""
 
-    Attributes:
-        dtype: XLA's name of its type.
-        shape: as the program sees it.
-        bytes: that it takes, padded to the tiles of its layout.
-        off_chip: whether it lies in the chip's main memory.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-    off_chip: bool
+    dtype: str  # XLA's name
+    shape: tuple[int, ...]  # as the program sees it
+    bytes: int  # that it takes, padded to the tiles of its layout
+    off_chip: bool  # it lies in the chip's main memory
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """An instruction of a compiled program.
+class Instruction(NamedTuple):
+    """An instruction of a compiled program."""
 
-    Attributes:
-        computation: name of the function it is in; '' for the program itself.
-        opcode: e.g. 'fusion', 'all-gather-start'.
-        results: the arrays it makes.
-        operands: the arrays it takes.
-        text: what follows the opcode.
-    """
-
-    computation: str
-    opcode: str
+    computation: str  # name of the function it is in; '' for the program itself
+    opcode: str  # e.g. 'fusion', 'all-gather-start'
     results: tuple[Array, ...]
     operands: tuple[Array, ...]
-    text: str
+    text: str  # what follows the opcode
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """What chips send to each other at one point of a program.
+class Collective(NamedTuple):
+    """What chips send to each other at one point of a program."""
 
-    Attributes:
-        kind: e.g. 'all-gather'.
-        bytes: of the whole arrays, before they are split or after they are joined.
-        shapes: of these.
-        where: the operation of the model that it serves, as JAX names it.
-    """
-
-    kind: str
-    bytes: int
-    shapes: tuple[tuple[int, ...], ...]
-    where: str
+    kind: str  # e.g. 'all-gather'
+    bytes: int  # of the whole arrays, before they are split or after they are joined
+    shapes: tuple[tuple[int, ...], ...]  # of these
+    where: str  # the operation of the model that it serves, as JAX names it
 
 
 def read_program(text: str) -> list[Instruction]:
-    """Reads the instructions of a compiled program, those of its functions included.
-
-    Args:
-        text: what `compiled.as_text()` gives.
-    """
+    """Reads the instructions in `compiled.as_text()`, those of the program's functions included."""
     instructions = []
     computation, known = '', {}
     for line in text.splitlines():
@@ -165,27 +122,19 @@ def batch_gathers(
     for collective in sent:
         for shape in collective.shapes:
             size = math.prod(shape)
-            gathers = (
-                collective.kind in ('all-gather', 'collective-broadcast')
-                and size not in split
-                and size >= 2 * batch / chips
-            )
-            rows = (
-                collective.kind == 'all-reduce'
-                and len(shape) > 1
-                and shape[0] == batch
-                and size not in parameters
-            )
-            if chips > 1 and (gathers or rows):
+            if collective.kind in ('all-gather', 'collective-broadcast'):
+                found = size not in split and size >= 2 * batch / chips
+            elif collective.kind == 'all-reduce':
+                found = len(shape) > 1 and shape[0] == batch and size not in parameters
+            else:
+                found = False
+            if chips > 1 and found:
                 lines.append(f'{collective.kind} {list(shape)} in {collective.where}')
     return lines
 
 
 def bytes_moved(instructions: Sequence[Instruction]) -> tuple[int, int]:
     """Adds up what the kernels read and write, each operand and result once.
-
-    Args:
-        instructions: see `read_program`.
 
     Returns:
         Bytes in all, and of them those in the chip's main memory.

@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace) -> None:
     if not isinstance(arguments, dict):
         raise ValueError(f'--arguments {options.arguments} must be an object, {{"NAME": VALUE}}')
     from attention_jax.interop import cards, convert
-    from attention_jax.training.runs import weights_in
+    from attention_jax.training.pretrained import weights_in
 
     done = convert.convert(
         weights_in(options.src),

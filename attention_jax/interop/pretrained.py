@@ -115,7 +115,7 @@ def load_pretrained(
 ) -> tuple[nn.Module, dict[str, Any], Report]:
     """Creates a network or mechanism with weights, as `attention_jax.load_pretrained` says.
 
-    Here a source is a file, a hub id, or what `open_weights` and `training.runs` make of one.
+    Here a source is a file, a hub id, or what `open_weights` and `training.pretrained` make of one.
     """
     if name in list_attention():
         return _load_attention(name, open_weights(source), channels, arguments)

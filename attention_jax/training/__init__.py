@@ -11,7 +11,7 @@ __all__ = ['evaluate', 'load', 'train']
 
 
 def __getattr__(name: str) -> Any:
-    # When first used: reading weights by `runs` needs none of the seconds that these import.
+    # When first used: reading weights by `pretrained` needs none of the seconds that these import.
     if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from attention_jax.training import checkpoints, evaluation, loop

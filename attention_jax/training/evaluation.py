@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from attention_jax import data
@@ -45,12 +44,9 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, f
     batches = open_test_batches(config, preprocessing_of(config, workdir))
     check_classes(workdir, batches.source.description)
     program = make_program(config, batches.source.description, mesh)
-    with (
-        jax.set_mesh(mesh),
-        checkpoints.open_manager(directory, read_only=True) as manager,
-    ):
+    with jax.set_mesh(mesh), checkpoints.open_manager(directory, read_only=True) as manager:
         step, variables = checkpoints.restore_variables(manager, mesh)
-        results, _ = run_evaluation(program, variables, batches, mesh)
+        results, _ = run_evaluation(program, variables, batches)
     print_table(program.task, results, batches.source.warnings(), say)
     say(f'{describe(results)}  at step {step}, {len(batches.source)} examples')
     return results
@@ -67,14 +63,14 @@ def open_test_batches(config: ConfigDict, preprocessing: Preprocessing | None) -
 
 
 def run_evaluation(
-    program: Program, variables: Mapping[str, Any], batches: data.EvalBatches, mesh: Mesh
+    program: Program, variables: Mapping[str, Any], batches: data.EvalBatches
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Returns the task's results, `test/` before each name, and pictures of the first batch."""
     task = program.task
     measured, samples = [], {}
     before = None  # a batch late, so that batches do not pile up on the device
     for batch in batches:
-        outputs = program.eval_step(variables, sharding.global_batch(mesh, batch))
+        outputs = program.eval_step(variables, sharding.global_batch(program.mesh, batch))
         if before is None:
             first = batch
         else:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from attention_jax import data
+from attention_jax import data, files
 from attention_jax.config import check as check_config
 from attention_jax.models.costs import parameter_table
 from attention_jax.tasks import open_source
@@ -24,7 +24,7 @@ from attention_jax.training.pretrained import preprocessing_of, start_variables
 from attention_jax.training.program import Length, make_program, use_compilation_cache
 from attention_jax.training.progress import ProgressLine, describe, say
 from attention_jax.training.signals import stop_signals
-from attention_jax.training.state import create_state, parameter_count, start_from
+from attention_jax.training.state import create_state, start_from
 from attention_jax.training.workdir import (
     check_classes,
     check_same_classes,
@@ -164,7 +164,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             seconds_training += time.perf_counter() - tick
 
             if evaluating:
-                results, samples = run_evaluation(program, state.variables, test_batches, mesh)
+                results, samples = run_evaluation(program, state.variables, test_batches)
                 writer.write_pictures(step, samples)
             if logging:
                 rate = float(program.schedule((step - 1) // config.optimizer.accumulate))
@@ -196,7 +196,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
 
         manager.wait_until_finished()
         if not results:  # all steps were done before, and the run was killed before its summary
-            results, _ = run_evaluation(program, state.variables, test_batches, mesh)
+            results, _ = run_evaluation(program, state.variables, test_batches)
         best = manager.best_step()
         summary = {
             **results,
@@ -204,10 +204,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             'steps': steps,
             'seconds': seconds_before + time.perf_counter() - started,
             'images_per_second': images / seconds_training if images else None,
-            'parameters': parameter_count(program.state.params),
+            'parameters': sum(x.size for x in jax.tree.leaves(program.state.params)),
             **metrics.environment(),
         }
-        metrics.write_text(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
+        if jax.process_index() == 0:
+            files.write_json(workdir / 'summary.json', summary)
         seconds = summary['seconds']
         warnings = [*source.warnings(), *test_batches.source.warnings()]
         print_table(task, results, warnings, progress.say)

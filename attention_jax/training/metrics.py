@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
 import platform
 import subprocess
@@ -14,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 import tensorboardX
+
+from attention_jax import files
 
 
 class MetricsWriter:
@@ -32,7 +33,9 @@ class MetricsWriter:
         if not self._enabled:
             return
         path = workdir / 'metrics.jsonl'
-        write_text(path, ''.join(f'{json.dumps(row)}\n' for row in read_rows(path, last=step)))
+        files.write_text(
+            path, ''.join(f'{json.dumps(row)}\n' for row in read_rows(path, last=step))
+        )
         self._file = path.open('a')
         # Without the suffix, a file opened in the same second would replace the one before.
         self._events = tensorboardX.SummaryWriter(
@@ -92,14 +95,6 @@ def read_rows(path: pathlib.Path, last: float = math.inf) -> list[dict[str, floa
         if row['step'] <= last:
             rows.append(row)
     return rows
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all; only the first process does."""
-    if jax.process_index() == 0:
-        part = path.with_name(path.name + '.part')
-        part.write_text(text)
-        os.replace(part, path)
 
 
 def environment() -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Program:
 
     Attributes:
         task: network, loss, and what an evaluation makes of its outputs.
+        mesh: the devices.
         inputs: shape and type of what the network takes of one example, `[1, ...]`.
         batch: shapes, types and shardings of a batch to train on.
         schedule: number of updates done -> learning rate.
@@ -45,6 +46,7 @@ class Program:
     """
 
     task: Task
+    mesh: Mesh
     inputs: jax.ShapeDtypeStruct
     batch: Batch
     schedule: optax.Schedule
@@ -94,6 +96,7 @@ def make_program(
     shardings = jax.tree.map(lambda x: x.sharding, state)
     return Program(
         task=task,
+        mesh=mesh,
         inputs=inputs,
         batch=batch,
         schedule=schedule,

@@ -117,8 +117,3 @@ def start_from(state: State, abstract: State, variables: Mapping[str, Any]) -> S
         # Arrays of its own: the step's donated state may not hold one twice.
         ema=None if state.ema is None else place(dict(variables), abstract.ema),
     )
-
-
-def parameter_count(params: Mapping[str, Any]) -> int:
-    """Returns the number of trainable parameters."""
-    return sum(x.size for x in jax.tree.leaves(params))

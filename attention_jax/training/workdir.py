@@ -7,10 +7,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
+from attention_jax import files
 from attention_jax.config import flatten
-from attention_jax.training import metrics
 
 # Keys whose values, or beginnings of keys, decide what the weights of a run are of.
 NETWORK_KEYS = ('task', 'model.', 'data.name', 'detection.anchors', 'detection.masks')
@@ -111,5 +112,6 @@ def write_description(
     # What load(workdir) and a prediction need to know.
     dataset = dataclasses.asdict(description)
     resolved = json.loads(config.to_json_best_effort()) | {'dataset': dataset}
-    metrics.write_text(workdir / 'config.json', json.dumps(resolved, indent=2) + '\n')
-    metrics.write_text(workdir / 'parameters.txt', table + '\n')
+    if jax.process_index() == 0:
+        files.write_json(workdir / 'config.json', resolved)
+        files.write_text(workdir / 'parameters.txt', table + '\n')

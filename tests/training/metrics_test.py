@@ -32,12 +32,6 @@ def test_a_restart_leaves_each_step_once(tmp_path):
     assert len(events.Scalars('train/loss')) == 5
 
 
-def test_text_is_written_whole(tmp_path):
-    metrics.write_text(tmp_path / 'a.json', 'new')
-    assert [p.name for p in tmp_path.iterdir()] == ['a.json']
-    assert (tmp_path / 'a.json').read_text() == 'new'
-
-
 def test_environment_names_versions_and_devices():
     environment = metrics.environment()
     assert environment['devices']['count'] == 8
