@@ -1,6 +1,6 @@
-"""What a data set changes in the defaults of a config, which is of a plain ResNet.
+"""What a data set changes in the defaults, which are of a plain ResNet; a study changes the rest.
 
-A study says only what differs from it: `configs/resnet_gc.py` for instance.
+CIFAR-10 and ImageNet are TFDS's: `--config.data.data_dir=DIR` says where they were prepared.
 """
 
 from ml_collections import ConfigDict

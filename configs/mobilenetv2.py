@@ -1,8 +1,6 @@
 """MobileNetV2 (arXiv 1801.04381), plain or with any mechanism in its inverted residuals.
 
-    python train.py --config configs/mobilenetv2.py
-    python train.py --config configs/mobilenetv2.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/mobilenetv2.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/mobilenetv2.py  # also :cifar10, :imagenet2012
 
 `--config.model.attention=NAME` adds a mechanism, `--config.model.placement=expanded` puts it on the
 expanded channels; released networks have names, e.g. `--config.model.name=eca_mobilenetv2`.

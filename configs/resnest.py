@@ -1,8 +1,6 @@
 """ResNet with split attention in the place of its 3x3 convolutions (ResNeSt, arXiv 2004.08955).
 
-    python train.py --config configs/resnest.py
-    python train.py --config configs/resnest.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/resnest.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/resnest.py  # also :cifar10, :imagenet2012
 
 `imagenet2012`: ResNeSt-50 by the paper's recipe: 270 epochs, cosine with 5 of warm-up, labels
 smoothed by 0.1, dropout 0.2, the last norm of each branch starting at 0, no decay of norms and

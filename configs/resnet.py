@@ -1,8 +1,6 @@
 """Plain ResNet, the baseline of every study.
 
-    python train.py --config configs/resnet.py
-    python train.py --config configs/resnet.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/resnet.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/resnet.py  # also :cifar10, :imagenet2012
 
 `imagenet2012`: ResNet-50 by torchvision's first recipe: 90 epochs, batch 256, rate 0.1 times 0.1
 after each 30 epochs.

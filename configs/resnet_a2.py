@@ -1,8 +1,6 @@
 """ResNet with double attention blocks (A2-Nets, arXiv 1810.11579).
 
-    python train.py --config configs/resnet_a2.py
-    python train.py --config configs/resnet_a2.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/resnet_a2.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/resnet_a2.py  # also :cifar10, :imagenet2012
 
 `imagenet2012`: ResNet-50 with five blocks of half the width, whose size is the paper's. The authors
 published neither code nor schedule; what stands in is CBAM's: 100 epochs, batch 256, rate 0.1 times

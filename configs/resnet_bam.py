@@ -1,8 +1,6 @@
 """ResNet with bottleneck attention modules (BAM, arXiv 1807.06514).
 
-    python train.py --config configs/resnet_bam.py
-    python train.py --config configs/resnet_bam.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/resnet_bam.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/resnet_bam.py  # also :cifar10, :imagenet2012
 
 `imagenet2012`: ResNet-50 with a module after each stage but the last; 100 epochs (the authors'
 script, which is CBAM's too, stops at 90 unless told otherwise), batch 256, rate 0.1 times 0.1 after

@@ -1,8 +1,6 @@
 """ResNet with the convolutional block attention module (CBAM, arXiv 1807.06521).
 
-    python train.py --config configs/resnet_cbam.py
-    python train.py --config configs/resnet_cbam.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/resnet_cbam.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/resnet_cbam.py  # also :cifar10, :imagenet2012
 
 `imagenet2012`: the paper's 100 epochs (the authors' script stops at 90 unless told otherwise),
 batch 256, rate 0.1 times 0.1 after each 30 epochs.

@@ -1,8 +1,6 @@
 """ResNet with efficient channel attention (ECA-Net, arXiv 1910.03151).
 
-    python train.py --config configs/resnet_eca.py
-    python train.py --config configs/resnet_eca.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/resnet_eca.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/resnet_eca.py  # also :cifar10, :imagenet2012
 
 `imagenet2012`: the authors' network (kernel sizes 3, 5, 5, 7 over the stages) and recipe: 100
 epochs, batch 256, rate 0.1 times 0.1 after each 30 epochs.

@@ -1,8 +1,6 @@
 """ResNet with global context blocks (GCNet, arXiv 1904.11492).
 
-    python train.py --config configs/resnet_gc.py
-    python train.py --config configs/resnet_gc.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/resnet_gc.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/resnet_gc.py  # also :cifar10, :imagenet2012
 
 `imagenet2012`: ResNet-50 with the block (reduction 16) in every stage but the first. The paper
 trains in two phases: 120 epochs of plain ResNet-50 (batch 256, rate 0.1, cosine, 5 epochs of

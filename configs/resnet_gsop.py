@@ -1,8 +1,6 @@
 """ResNet with global second-order pooling (GSoP-Net1, arXiv 1811.12006).
 
-    python train.py --config configs/resnet_gsop.py
-    python train.py --config configs/resnet_gsop.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/resnet_gsop.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/resnet_gsop.py  # also :cifar10, :imagenet2012
 
 `imagenet2012`: GSoP-Net1 on ResNet-50 by the authors' script: 95 epochs, batch 384, rate 0.1 times
 0.1 after the 30th, 60th and 90th. GSoP-Net2 takes 65 epochs, with steps after the 30th, 45th and

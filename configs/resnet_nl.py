@@ -1,8 +1,6 @@
 """ResNet with non-local blocks (arXiv 1711.07971).
 
-    python train.py --config configs/resnet_nl.py
-    python train.py --config configs/resnet_nl.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/resnet_nl.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/resnet_nl.py  # also :cifar10, :imagenet2012
 
 `imagenet2012`: ResNet-50 with five blocks. The paper trains on videos (Kinetics) and has no
 ImageNet recipe; what stands in is CBAM's: 100 epochs, batch 256, rate 0.1 times 0.1 after each 30

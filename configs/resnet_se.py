@@ -1,8 +1,6 @@
 """ResNet with squeeze-and-excitation (arXiv 1709.01507).
 
-    python train.py --config configs/resnet_se.py
-    python train.py --config configs/resnet_se.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/resnet_se.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/resnet_se.py  # also :cifar10, :imagenet2012
 
 `imagenet2012`: the paper's 100 epochs, batch 1024, rate 0.6 times 0.1 after each 30 epochs. Its
 augmentation by rotation and pixel jitter is left out.

@@ -1,8 +1,6 @@
 """ResNet with triplet attention (arXiv 2010.03045).
 
-    python train.py --config configs/resnet_triplet.py
-    python train.py --config configs/resnet_triplet.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/resnet_triplet.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/resnet_triplet.py  # also :cifar10, :imagenet2012
 
 `imagenet2012`: the paper's 100 epochs, batch 256, rate 0.1 times 0.1 after each 30 epochs.
 """

@@ -1,8 +1,6 @@
 """ResNeXt: grouped 3x3 convolutions in the bottlenecks (arXiv 1611.05431).
 
-    python train.py --config configs/resnext.py
-    python train.py --config configs/resnext.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/resnext.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/resnext.py  # also :cifar10, :imagenet2012
 
 `imagenet2012`: ResNeXt-50 (32 groups of 4) by the recipe of the plain ResNet: 90 epochs, batch 256,
 rate 0.1 times 0.1 after each 30 epochs. Else the ResNet of the dataset with bottlenecks of 4

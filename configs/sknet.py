@@ -1,8 +1,6 @@
 """ResNet with selective kernels in the place of its 3x3 convolutions (SKNet, arXiv 1903.06586).
 
-    python train.py --config configs/sknet.py
-    python train.py --config configs/sknet.py:cifar10 --config.data.data_dir=DIR
-    python train.py --config configs/sknet.py:imagenet2012 --config.data.data_dir=DIR
+    python train.py --config configs/sknet.py  # also :cifar10, :imagenet2012
 
 `imagenet2012`: SKNet-50 by the paper's recipe: 100 epochs, batch 256, rate 0.1 times 0.1 after each
 30 epochs, labels smoothed by 0.1, no decay of norms (nor of the head's bias). SENet's augmentation

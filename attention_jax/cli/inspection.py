@@ -24,29 +24,23 @@ def add(commands: Any) -> None:
         metavar='MODEL_OR_CONFIG',
         help="a network's name (resnet50), or a config (configs/resnet_gc.py:imagenet2012)",
     )
-    parser.add_argument(
-        '--device',
-        default='v5e',
-        help='v5e, v5e:2x4, v6e:8x8, v5p:2x2x2, h100, h100:8; %(default)s',
-    )
-    parser.add_argument('--attention', metavar='NAME', help='put this mechanism into the network')
-    parser.add_argument('--placement', metavar='TEXT', help='where, such as branch@2+3')
-    parser.add_argument(
-        '--batch', type=int, metavar='N', help="images a chip; 128, or the config's over the chips"
-    )
-    parser.add_argument('--size', type=int, metavar='N', help='side of the images in pixels')
-    parser.add_argument('--num_classes', type=int, metavar='N', help='number of classes')
+    for option, metavar, type_, default, text in (
+        ('--device', 'DEVICE', str, 'v5e', 'v5e, v5e:2x4, v6e:8x8, v5p:2x2x2, h100, h100:8'),
+        ('--attention', 'NAME', str, None, 'put this mechanism into the network'),
+        ('--placement', 'TEXT', str, None, 'where, such as branch@2+3'),
+        ('--batch', 'N', int, None, "images a chip; 128, or the config's over the chips"),
+        ('--size', 'N', int, None, 'side of the images in pixels'),
+        ('--num_classes', 'N', int, None, 'number of classes'),
+        ('--fsdp', 'N', int, None, 'chips that parameters are split over; 1'),
+        ('--timeout', 'S', float, 1800, 'seconds'),
+    ):
+        text += '; %(default)s' if default else ''
+        parser.add_argument(option, metavar=metavar, type=type_, default=default, help=text)
     parser.add_argument(
         '--dtype',
         default='bfloat16',
         choices=('bfloat16', 'float32'),
         help='type of the computation; parameters are float32; %(default)s',
-    )
-    parser.add_argument(
-        '--fsdp', type=int, metavar='N', help='chips that parameters are split over; 1'
-    )
-    parser.add_argument(
-        '--timeout', type=float, default=1800, metavar='S', help='seconds; %(default)s'
     )
     parser.add_argument('--json', type=pathlib.Path, metavar='FILE', help='write the numbers there')
 

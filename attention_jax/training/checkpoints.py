@@ -54,6 +54,14 @@ def open_manager(
         )
 
 
+def existing(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the folder of a work directory's checkpoints; a ValueError if there is none."""
+    directory = pathlib.Path(workdir) / 'checkpoints'
+    if not directory.is_dir():
+        raise ValueError(f'workdir {workdir} holds no checkpoint: train first')
+    return directory
+
+
 def save(
     manager: ocp.CheckpointManager,
     step: int,
@@ -152,9 +160,7 @@ def load(workdir: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any], Co
     """
     config = read_config(workdir)
     model = create_task(config, config.dataset).model
-    directory = pathlib.Path(workdir) / 'checkpoints'
-    if not directory.is_dir():
-        raise ValueError(f'workdir {workdir} holds no checkpoint: train first')
+    directory = existing(workdir)
     mesh = sharding.make_mesh(1, 1, jax.local_devices()[:1])
     with open_manager(directory, read_only=True) as manager:
         _, variables = restore_variables(manager, mesh)

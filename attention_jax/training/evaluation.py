@@ -37,9 +37,7 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, f
     use_compilation_cache()
     check_config(config)
     refuse_another_config(config, workdir, NETWORK_KEYS)
-    directory = workdir / 'checkpoints'
-    if not directory.is_dir():
-        raise ValueError(f'workdir {workdir} holds no checkpoint: train first')
+    directory = checkpoints.existing(workdir)
     mesh = sharding.mesh_of(config)
     batches = open_test_batches(config, preprocessing_of(config, workdir))
     check_classes(workdir, batches.source.description)
