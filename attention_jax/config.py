@@ -63,6 +63,8 @@ class Key:
         )
 
 
+_from_0 = functools.partial(Key, at_least=0)
+_from_1 = functools.partial(Key, at_least=1)
 _share = functools.partial(Key, at_least=0, at_most=1)
 _rate = functools.partial(Key, at_least=0, below=1)
 
@@ -91,13 +93,13 @@ KEYS = {
         'auto',
         'none, pad_crop, pad_crop_flip, random_resized_crop; for boxes random_scale; or auto.',
     ),
-    'data.workers': Key(
-        0, 'Processes that decode what is not in memory; 0: threads of this one.', at_least=0
+    'data.workers': _from_0(
+        0, 'Processes that decode what is not in memory; 0: threads of this one.'
     ),
     'data.cache': Key(None, 'Hold decoded images in memory; None: if they are small.', bool),
     'data.preprocessing': Key(
         'auto',
-        'auto: as model.pretrained was trained, if given; dataset: as the data are known.',
+        'auto: as model.pretrained was trained, if given; dataset: as usual for it.',
         choices=('auto', 'dataset'),
     ),
     'data.scale': Key((0.25, 2.0), 'Detection: limits of the random scale.'),
@@ -108,54 +110,46 @@ KEYS = {
     ),
     'detection.anchors': Key((), "(w, h) of boxes in pixels; empty: the network's own."),
     'detection.masks': Key(
-        (), "Numbers of each scale's anchors, stride 32 first; empty: the network's own."
+        (), "Numbers of a scale's anchors, stride 32 first; empty: the network's own."
     ),
     'detection.ignore_threshold': _share(
         0.5, 'IoU from which a box nobody asked for is not called wrong.'
     ),
-    'detection.class_weight': Key(
-        None, "Weight of the loss's term; None: classes / 80, its authors'.", float, at_least=0
+    'detection.class_weight': _from_0(
+        None, "Weight of the loss's term; None: classes / 80, its authors'.", float
     ),
     'detection.score_threshold': _share(0.001, 'Score of the least certain box evaluated.'),
     'detection.iou_threshold': _share(
-        0.5, 'IoU from which on the worse of two boxes of a class is dropped.'
+        0.5, 'IoU from which the worse of two boxes of a class is dropped.'
     ),
-    'detection.max_detections': Key(300, 'Boxes found in an image, the best.', at_least=1),
-    'detection.max_boxes': Key(
-        100, 'Boxes of an image in training; the largest are kept.', at_least=1
-    ),
+    'detection.max_detections': _from_1(300, 'Boxes found in an image; the best are kept.'),
+    'detection.max_boxes': _from_1(100, 'Boxes of an image in training; the largest are kept.'),
     'optimizer.name': Key('sgd', 'Optimiser.', choices=('sgd', 'adamw')),
-    'optimizer.learning_rate': Key(0.1, 'Rate at the top of the schedule.', at_least=0),
+    'optimizer.learning_rate': _from_0(0.1, 'Rate at the top of the schedule.'),
     'optimizer.momentum': _rate(0.9, 'sgd: momentum; adamw: beta 1.'),
     'optimizer.nesterov': Key(False, "sgd: Nesterov's form of the momentum."),
-    'optimizer.weight_decay': Key(
-        1e-4, 'sgd: added to the gradient (L2); adamw: decoupled.', at_least=0
-    ),
+    'optimizer.weight_decay': _from_0(1e-4, 'sgd: added to the gradient (L2); adamw: decoupled.'),
     'optimizer.decay_mask': Key(
         'none', 'What is left out of weight decay.', choices=('none', 'norms_and_biases')
     ),
     'optimizer.frozen': Key((), "Parts of the network that are not trained, e.g. ('backbone',)."),
-    'optimizer.clip_norm': Key(
-        0.0, 'Largest global norm of the gradient; 0: no clipping.', at_least=0
-    ),
-    'optimizer.accumulate': Key(
-        1, 'Batches whose gradients are averaged for one update.', at_least=1
-    ),
+    'optimizer.clip_norm': _from_0(0.0, 'Largest global norm of the gradient; 0: no clipping.'),
+    'optimizer.accumulate': _from_1(1, 'Batches whose gradients are averaged for one update.'),
     'schedule.name': Key(
         'steps',
         "Course of the rate: cosine falls to 0; yolo is that network's authors'.",
         choices=('cosine', 'steps', 'exponential', 'constant', 'yolo'),
     ),
-    'schedule.warmup_epochs': Key(0.0, 'Epochs of a linear rise from 0.', at_least=0),
+    'schedule.warmup_epochs': _from_0(0.0, 'Epochs of a linear rise from 0.'),
     'schedule.boundaries': Key(
         (0.3, 0.6, 0.9), 'steps: fractions of the run, so that epochs may change.'
     ),
     'schedule.factor': Key(
-        0.1, 'On the rate: at each boundary (steps), after each epoch (exponential).'
+        0.1, 'Factor on the rate at each boundary (steps) or epoch (exponential).'
     ),
-    'train.epochs': Key(100, 'Passes over the training split.', at_least=1),
-    'train.steps': Key(0, 'Batches of the run; 0: as many as make the epochs.', at_least=0),
-    'train.batch_size': Key(256, 'Images of a batch, over all devices and processes.', at_least=1),
+    'train.epochs': _from_1(100, 'Passes over the training split.'),
+    'train.steps': _from_0(0, 'Batches of the run; 0: as many as make the epochs.'),
+    'train.batch_size': _from_1(256, 'Images of a batch, over all devices and processes.'),
     'train.seed': Key(
         0, 'Seed of parameters, order, augmentation and dropout.', at_least=0, at_most=2**32 - 1
     ),
@@ -165,20 +159,20 @@ KEYS = {
         choices=('float32', 'bfloat16'),
     ),
     'train.label_smoothing': _rate(0.0, 'Share of the label spread evenly over the classes.'),
-    'train.eval_every': Key(
-        1, 'Epochs between evaluations; the last step is always evaluated.', at_least=1
+    'train.eval_every': _from_1(
+        1, 'Epochs between evaluations; the last step is always evaluated.'
     ),
-    'train.checkpoint_every': Key(
-        500, 'Batches between checkpoints; an evaluation saves too. 0: only these.', at_least=0
+    'train.checkpoint_every': _from_0(
+        500, 'Batches between checkpoints; an evaluation saves too. 0: only these.'
     ),
-    'train.log_every': Key(50, 'Batches between rows of metrics.', at_least=1),
+    'train.log_every': _from_1(50, 'Batches between rows of metrics.'),
     'train.ema_decay': _rate(
         0.0, 'Decay of the moving average of the variables, evaluated in their place; 0: off.'
     ),
     'mesh.data': Key(
         -1, 'Devices that split the batch only; -1: all that fsdp leaves.', at_least=-1
     ),
-    'mesh.fsdp': Key(1, 'Devices that split batch, parameters and optimiser state.', at_least=1),
+    'mesh.fsdp': _from_1(1, 'Devices that split batch, parameters and optimiser state.'),
 }
 
 

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from attention_jax import data
 from attention_jax.config import check as check_config
 from attention_jax.interop.preprocessing import Preprocessing
-from attention_jax.tasks import Task, open_source
+from attention_jax.tasks import open_source
 from attention_jax.training import checkpoints, sharding
 from attention_jax.training.pretrained import preprocessing_of
 from attention_jax.training.program import Program, make_program, use_compilation_cache
@@ -45,7 +45,8 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, f
     with jax.set_mesh(mesh), checkpoints.open_manager(directory, read_only=True) as manager:
         step, variables = checkpoints.restore_variables(manager, mesh)
         results, _ = run_evaluation(program, variables, batches)
-    print_table(program.task, results, batches.source.warnings(), say)
+    for line in filter(None, (program.task.table(results), *batches.source.warnings())):
+        say(line)
     say(f'{describe(results)}  at step {step}, {len(batches.source)} examples')
     return results
 
@@ -78,14 +79,3 @@ def run_evaluation(
     if jax.process_index() == 0:
         samples = task.samples(first, measured[0])
     return {f'test/{name}': value for name, value in task.results(measured).items()}, samples
-
-
-def print_table(
-    task: Task,
-    results: Mapping[str, float],
-    warnings: Sequence[str],
-    say: Callable[[str], None],
-) -> None:
-    """Prints the task's table, and what its sources left out."""
-    for line in filter(None, (task.table(results), *warnings)):
-        say(line)

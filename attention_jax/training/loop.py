@@ -19,7 +19,7 @@ from attention_jax.config import check as check_config
 from attention_jax.models.costs import parameter_table
 from attention_jax.tasks import open_source
 from attention_jax.training import checkpoints, metrics, sharding
-from attention_jax.training.evaluation import open_test_batches, print_table, run_evaluation
+from attention_jax.training.evaluation import open_test_batches, run_evaluation
 from attention_jax.training.pretrained import preprocessing_of, start_variables
 from attention_jax.training.program import Length, make_program, use_compilation_cache
 from attention_jax.training.progress import ProgressLine, describe, say
@@ -211,7 +211,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             files.write_json(workdir / 'summary.json', summary)
         seconds = summary['seconds']
         warnings = [*source.warnings(), *test_batches.source.warnings()]
-        print_table(task, results, warnings, progress.say)
+        for line in filter(None, (task.table(results), *warnings)):
+            progress.say(line)
         progress.say(f'{describe(results)}  after {steps} steps, {seconds:.0f} s: {workdir}')
     return summary
 
