@@ -47,30 +47,27 @@ def train_batches(
         process_count: how many share the batch.
 
     Returns:
-        An iterator of what the source makes, with an axis of batch_size / process_count in front:
-        'image' uint8 [b, h, w, c] and 'label' int32 [b], or boxes. `get_state()` is
-        {'next_index': n}, n the number of batches taken; `set_state` continues there. Close it
-        (`close()`) when done.
+        An iterator of what the source makes, with an axis of batch_size / process_count in front.
+        `get_state()` is {'next_index': n}, n the number of batches taken; `set_state` continues
+        there. Close it (`close()`) when done.
 
     Raises:
         ValueError: arguments that make no batches.
     """
     import grain  # a second to import
 
-    _check_batch(batch_size, process_index, process_count)
+    local = _share_of(batch_size, process_index, process_count)
     if batch_size > len(source):
         raise ValueError(
             f'train.batch_size {batch_size} is larger than the split {source.split!r} of '
-            f'{source.description.name!r}, which has {len(source)} examples: '
-            'lower it'
+            f'{source.description.name!r}, which has {len(source)} examples: lower it'
         )
     share = slice(process_index, None, process_count)
-    local = batch_size // process_count
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
     if source.in_batches:
-        batches = order[share].batch(local, drop_remainder=True, batch_fn=np.asarray)
+        indices = order[share].batch(local, drop_remainder=True, batch_fn=np.asarray)
         make = functools.partial(source.train_batch, batch_size=batch_size, share=share)
-        batches = batches.random_map(make)
+        batches = indices.random_map(make)
     else:
         if source.by_position:
             order = order.map_with_index(_with_position)
@@ -123,29 +120,19 @@ def eval_batches(
 ) -> EvalBatches:
     """Every example once, in order, in batches of one size.
 
-    Args:
-        source: what to read.
-        data_config: `workers`, as for `train_batches`.
-        batch_size: of all processes together.
-        process_index: of this process.
-        process_count: how many share the batch.
+    Arguments and errors are those of `train_batches`.
 
     Returns:
         An iterable, of known length, of what the source makes and a 'mask' float32 [b], b =
         batch_size / process_count. The last batch is filled up with black pictures of mask 0.
-
-    Raises:
-        ValueError: arguments that make no batches.
     """
     import grain
 
-    _check_batch(batch_size, process_index, process_count)
+    local = _share_of(batch_size, process_index, process_count)
     total = -(-len(source) // batch_size) * batch_size
-    local = batch_size // process_count
     positions = grain.MapDataset.range(total)[process_index::process_count]
     if source.in_batches:
-        batches = positions.batch(local, batch_fn=np.asarray)
-        batches = batches.map(source.eval_batch)
+        batches = positions.batch(local, batch_fn=np.asarray).map(source.eval_batch)
     else:
         batches = positions.map(source.eval_example).batch(local)
     return EvalBatches(batches, source, getattr(data_config, 'workers', None))
@@ -172,7 +159,8 @@ def _iterate(
     return iter(batches.to_iter_dataset(options))
 
 
-def _check_batch(batch_size: int, process_index: int, process_count: int) -> None:
+def _share_of(batch_size: int, process_index: int, process_count: int) -> int:
+    """The number of examples of a batch that one process makes."""
     if not 0 <= process_index < process_count:
         raise ValueError(
             f'process_index {process_index} must be from 0 to process_count - 1 = '
@@ -182,3 +170,4 @@ def _check_batch(batch_size: int, process_index: int, process_count: int) -> Non
         raise ValueError(
             f'train.batch_size {batch_size} must be divisible by the {process_count} processes'
         )
+    return batch_size // process_count

@@ -23,13 +23,9 @@ _DEFAULT_SIZE = 224  # for data sets whose pictures differ in size
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source(data.Examples):
-    """Arrays in memory, or records that are decoded when asked for.
-
-    Examples are 'image' uint8 [h, w, c] and 'label' int32 [].
+    """Examples 'image' uint8 [h, w, c] and 'label' int32 [], of arrays or of encoded records.
 
     Attributes:
-        description: of the whole data set.
-        split: what was asked for, such as 'train[:90%]'.
         augment: one of `AUGMENTATIONS`.
         images: uint8 [n, h, w, c] in memory, or None. Of `description.image_shape`, except with
             'random_resized_crop', which crops from the pictures as they are stored.
@@ -111,29 +107,20 @@ class Source(data.Examples):
 def open_split(
     config: Any, split: str, preprocessing: Any = None, *, train: bool = False
 ) -> Source:
-    """Opens one split of a data set.
+    """Opens one split of a data set; see `tasks.open_source`.
 
-    Nothing is downloaded: a TFDS name must be prepared in `data_dir`, as array_record.
+    Nothing is downloaded: a TFDS name must be prepared in `data.data_dir`, as array_record.
 
     Args:
-        config: the whole config. Of `config.data`, a missing one is None:
-            `name`: 'digits' (scikit-learn's 1,797 handwritten digits, enlarged to 32x32x1; every
-            fifth is the test split; no files), or any TFDS name with `image` and `label`, such as
-            'cifar10', 'imagenet2012', 'emnist/letters'.
-            `data_dir`: where TFDS finds it; None is TFDS's own default.
-            `image_size`: of the pictures in a batch, pixels a side, or (h, w); None is the data
-            set's own, or 224 if its pictures differ.
-            `augment`: one of `AUGMENTATIONS`; None or 'auto' chooses: random resized crops for
-            large pictures, else pad and crop, with flips where the data set allows it.
-            `cache`: True holds the decoded pictures in memory, False does not; None or 'auto' does
-            if they all have one size and take less than 1 GiB.
+        config: the whole config. `data.name` is 'digits' (scikit-learn's 1,797 handwritten digits,
+            enlarged to 32x32x1; every fifth is the test split; no files), or any TFDS name with
+            `image` and `label`, such as 'cifar10', 'imagenet2012', 'emnist/letters'.
+            `data.augment` 'auto' takes random resized crops of large pictures, else pads and
+            crops, with flips where the data set allows them; `data.cache` None holds pictures of
+            one size that take less than 1 GiB.
         split: a TFDS split string: 'train', 'train[:90%]', 'train[90%:]+test'.
-        preprocessing: an object with the attributes below, to take in place of the data set's own;
-            None changes nothing.
-            `mean`, `std`: as in `Description`; for as many channels as the pictures have, else the
-            data set's own are kept.
-            `crop`, `interpolation`: as in `Description`.
-            `input_size`: (h, w) where neither `image_size` nor the data set says one.
+        preprocessing: its `mean` and `std`, if they are of as many channels, `crop` and
+            `interpolation` take the place of the description's, its `input_size` that of 224.
         train: not used: the loader augments what is trained on.
 
     Raises:

@@ -1,10 +1,46 @@
-"""Anchors that fit a data set: k-means of the boxes' sizes."""
+"""Anchors: which one answers for a box (`match`), and which fit a data set (`kmeans`)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from attention_jax.functional.dtypes import statistics_type
+from attention_jax.tasks.detection.boxes import overlap_ratio
+
+Anchors = Sequence[tuple[float, float]]
+Masks = Sequence[Sequence[int]]
+
 _STARTS = 5  # the best of as many runs: k-means stops at the nearest optimum, good or bad
+
+
+def match(
+    boxes: jax.Array, *, image_size: tuple[int, int], anchors: Anchors, masks: Masks
+) -> jax.Array:
+    """The number of each box's anchor, `[b, m]`.
+
+    Of the anchors that a scale has it is the one whose (w, h) has the largest IoU with the box's
+    own, the first of equals.
+
+    Args:
+        boxes: `[b, m, 4]`, (cx, cy, w, h) over the sides of the picture.
+        image_size: (h, w) of the picture in pixels.
+        anchors: (w, h) of all anchors in pixels.
+        masks: for each scale, the numbers of its anchors.
+    """
+    used = np.array(sorted({number for mask in masks for number in mask}), np.int32)
+    widths, heights = np.asarray(anchors, np.float64)[used].T
+    boxes = boxes.astype(statistics_type(boxes.dtype))
+    origin = jnp.zeros((1, 1, 1), boxes.dtype)
+    ratio = overlap_ratio(
+        [origin, origin, boxes[..., 2:3] * image_size[1], boxes[..., 3:4] * image_size[0]],
+        [origin, origin]
+        + [jnp.asarray(side, boxes.dtype)[None, None] for side in (widths, heights)],
+    )
+    return jnp.asarray(used)[ratio.argmax(-1)]
 
 
 def kmeans(sizes: np.ndarray, k: int = 6, seed: int = 0) -> np.ndarray:

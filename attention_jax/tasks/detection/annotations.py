@@ -100,16 +100,8 @@ def checked(
 ) -> Annotation:
     """An annotation of the boxes that are good, cut at the borders of the picture.
 
-    Args:
-        name: as in `Annotation`.
-        path: the same.
-        shape: the same.
-        boxes: [m, 4], as written.
-        classes: [m], -1 for a class that the list does not have.
-        ignore: [m].
-        notes: counts what is left out or changed: boxes of an unknown class, not of finite
-            numbers, inverted, of no area, outside the picture, in its first pixel; and those that
-            reached more than a pixel beyond it.
+    `boxes` [m, 4] are as written, `classes` [m] have -1 for one that the list does not have, the
+    rest is as in `Annotation`. What is left out or changed is counted in `notes`.
     """
     h, w = shape
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
@@ -201,13 +193,7 @@ def voc(
     """Reads the annotations of named pictures; the sizes are those of the picture files.
 
     Coordinates are taken as they are written, as most code does that is compared with: VOC's own
-    count pixels from 1, so that its boxes lie half a pixel off.
-
-    Args:
-        folder: of Pascal VOC.
-        names: of pictures, with or without ending.
-        class_names: known classes.
-        notes: counts what is left out.
+    count pixels from 1, so that its boxes lie half a pixel off. Names may have an ending.
     """
     kinds = Image.registered_extensions()  # what else lies beside a picture is none
     files = {
@@ -308,9 +294,8 @@ def coco_document(setting: str, path: pathlib.Path) -> Mapping[str, Any]:
     except ValueError as error:
         raise ValueError(f'data.name {setting!r}: {str(path)!r} is not JSON: {error}') from None
     keys = ('images', 'annotations', 'categories')
-    missing = [
-        k for k in keys if not (isinstance(document, dict) and isinstance(document.get(k), list))
-    ]
+    held = document if isinstance(document, dict) else {}
+    missing = [key for key in keys if not isinstance(held.get(key), list)]
     if missing:
         raise ValueError(
             f'data.name {setting!r}: {str(path)!r} has no list {", ".join(missing)}; COCO has '
@@ -343,14 +328,9 @@ def coco(
     categories: Sequence[int],
     notes: Notes,
 ) -> list[Annotation]:
-    """Reads annotations of images; the sizes are those that are written.
+    """Reads annotations of the `chosen` images; the sizes are those that are written.
 
-    Args:
-        folder: of the pictures.
-        document: of `coco_document`.
-        chosen: which of its 'images'.
-        categories: the ids, in the order of the classes.
-        notes: counts what is left out.
+    `categories` are the ids in the order of the classes.
     """
     numbers = {category: i for i, category in enumerate(categories)}
     of_image: dict[int | str, list[Mapping[str, Any]]] = {

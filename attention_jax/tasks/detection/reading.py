@@ -43,13 +43,7 @@ class Opened:
 
 
 def open_data(config: Any, split: str, notes: Notes, *, train: bool) -> Opened:
-    """Opens a split of `config.data.name`; see `source.open_split`.
-
-    Args:
-        config: the whole config.
-        split: as there.
-        notes: counts what is bad in the data.
-        train: whether the split is trained on.
+    """Opens a split of `config.data.name`, see `source.open_split`; counts in `notes` what is bad.
 
     Raises:
         ValueError: as there.

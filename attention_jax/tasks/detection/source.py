@@ -24,8 +24,6 @@ class Source(data.Examples):
     """Pictures with boxes, out of memory or decoded when asked for.
 
     Attributes:
-        description: of the whole data set.
-        split: what was asked for, such as 'train[:90%]'.
         pictures: see `reading.Opened`.
         augment: one of `AUGMENTATIONS`, for training.
         max_boxes: of a training example; the largest are kept.
@@ -173,30 +171,20 @@ class Source(data.Examples):
 def open_split(
     config: Any, split: str, preprocessing: Any = None, *, train: bool = False
 ) -> Source:
-    """Opens one split of a data set with boxes.
+    """Opens one split of a data set with boxes; see `tasks.open_source`.
 
     Nothing is downloaded, and nothing in the data ends a run: what is bad is left out, counted,
     and told by `Source.warnings`. Only a split without any picture is an error.
 
     Args:
-        config: the whole config. Of `config.data`:
-            `name`: 'digit_scenes' (handwritten digits on 128x128, no files, see `scenes.draw`);
-            'voc:PATH', a folder with Annotations, JPEGImages and ImageSets/Main, or 'voc:PATH+PATH'
-            for the pictures of several; 'coco:PATH', a folder with annotations/instances_SPLIT.json
-            and the pictures in SPLIT/; or a TFDS name with `image` and `objects`, such as
-            'voc/2007' and 'coco/2017'.
-            `data_dir`: where TFDS finds it; None is TFDS's own default.
-            `image_size`: of the pictures in a batch, pixels a side, or (h, w); None is 128 for
-            digit_scenes, else 416.
-            `augment`: for training; 'random_scale' (random scale, aspect, place, mirroring and
-            colours), 'none', or None or 'auto': 'random_scale', for digit_scenes without mirroring
-            and without change of hue.
-            `cache`: True holds the decoded pictures in memory, False does not; None or 'auto' does
-            if their sizes are known and they take less than 1 GiB.
-            `mosaic`, `mixup`, `mosaic_epochs`: probabilities, and the share of the run, from its
-            start, that has them; its length is that of `config.train`.
-            `scale`: limits of the random scale.
-            Of `config.detection`: `max_boxes`, of a training example.
+        config: the whole config. `data.name` is 'digit_scenes' (handwritten digits on 128x128, no
+            files, see `scenes.draw`); 'voc:PATH', a folder with Annotations, JPEGImages and
+            ImageSets/Main, or 'voc:PATH+PATH' for the pictures of several; 'coco:PATH', a folder
+            with annotations/instances_SPLIT.json and the pictures in SPLIT/; or a TFDS name with
+            `image` and `objects`, such as 'voc/2007' and 'coco/2017'.
+            `data.augment` 'auto' is 'random_scale' (scale, aspect, place, mirroring and colours),
+            for digit_scenes without mirroring and without change of hue; `data.cache` None holds
+            pictures of known sizes that take less than 1 GiB.
         split: a split, or as for `data.settings.split_ranges` slices and sums of splits.
         preprocessing: not used: these networks take pixels over 255, whatever they were trained on.
         train: whether the split is trained on.

@@ -11,28 +11,47 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax import lax
 
 from attention_jax import checks
 from attention_jax.functional.dtypes import statistics_type
 from attention_jax.functional.sharding import per_example
+from attention_jax.tasks.detection.anchors import Anchors, Masks, match
 from attention_jax.tasks.detection.boxes import ciou, overlap, overlap_ratio
 
 BALANCE = {32: 0.4, 16: 1.0}  # weight of the object term at each stride
 # A probability clipped to [1e-7, 1 - 1e-7] is the sigmoid of a logit clipped to this.
 LARGEST_LOGIT = float(np.log((1 - 1e-7) / 1e-7))
 
-Anchors = Sequence[tuple[float, float]]
-Masks = Sequence[Sequence[int]]
-
 
 class Scale(NamedTuple):
-    """One output and what its cells mean."""
+    """One output and what its cells mean; n counts anchors, rows and columns, in this order."""
 
     output: jax.Array  # [b, h, w, a, 5 + k]
     anchors: np.ndarray  # [a, 2], (w, h) in pixels
     mask: np.ndarray  # [a], their numbers among all anchors
     stride: int
+
+    def boxes(self) -> list[jax.Array]:
+        """cx, cy, w, h of all predictions in cells, each `[b, n]`."""
+        _, rows, columns, _, _ = self.output.shape
+        x, y, w, h = (_widened(self.output[..., i]) for i in range(4))  # [b, h, w, a]
+        column = np.arange(columns)[None, None, :, None]
+        row = np.arange(rows)[None, :, None, None]
+        widths, heights = (self.anchors / self.stride).T
+        centres = (
+            jax.nn.sigmoid(v) + jnp.asarray(at, v.dtype) for v, at in ((x, column), (y, row))
+        )
+        sides = (
+            jnp.exp(v) * jnp.asarray(side, v.dtype)[None, None, None]
+            for v, side in ((w, widths), (h, heights))
+        )
+        return [rearrange(v, 'b h w a -> b (a h w)') for v in (*centres, *sides)]
+
+    def logits(self, channels: slice) -> jax.Array:
+        """Channels of all predictions, `[b, n, c]`."""
+        return rearrange(_widened(self.output[..., channels]), 'b h w a c -> b (a h w) c')
 
 
 def decode(
@@ -64,8 +83,9 @@ def decode(
     """
     rows = []
     for scale in _scales(outputs, image_size, anchors, masks):
-        coordinates = [c / side for c, side in zip(_boxes(scale), _sides(scale), strict=True)]
-        probabilities = jax.nn.sigmoid(_flat(_widened(scale.output[..., 4:])))
+        h, w = scale.output.shape[1:3]
+        coordinates = [c / side for c, side in zip(scale.boxes(), (w, h, w, h), strict=True)]
+        probabilities = jax.nn.sigmoid(scale.logits(slice(4, None)))
         rows.append((jnp.stack(coordinates, -1), probabilities))
     boxes, probabilities = (jnp.concatenate(parts, 1) for parts in zip(*rows, strict=True))
     return boxes, probabilities[..., 0], probabilities[..., 1:]
@@ -126,7 +146,7 @@ def loss(
             f'classes must be integers {list(boxes.shape[:2])} for boxes {list(boxes.shape)}, '
             f'got {classes.dtype} of shape {classes.shape}'
         )
-    best = _best_anchor(boxes, image_size, anchors, masks)
+    best = match(boxes, image_size=image_size, anchors=anchors, masks=masks)
     terms = [
         _scale_loss(s, boxes, classes, best, image_size, ignore_threshold, class_weight)
         for s in scales
@@ -272,80 +292,32 @@ def _scale_loss(
     answers = jnp.where(chosen[..., None], _widened(pixels), 0).sum(2)
     size = scale.anchors / scale.stride
     size = jnp.where(chosen[..., None], jnp.asarray(size, wide)[None, None], 0).sum(2)
-    predicted = jnp.concatenate(
-        [
-            jax.nn.sigmoid(answers[..., :2]) + jnp.stack([column, row], -1).astype(wide),
-            jnp.exp(answers[..., 2:4]) * size,
-        ],
-        -1,
-    )
+    centre = jax.nn.sigmoid(answers[..., :2]) + jnp.stack([column, row], -1).astype(wide)
+    predicted = jnp.concatenate([centre, jnp.exp(answers[..., 2:4]) * size], -1)
     box = jnp.where(answered, 1 - ciou(predicted, boxes), 0).sum() / jnp.maximum(count, 1)
     entropy = jnp.where(answered[..., None], _cross_entropy(answers[..., 5:], wanted), 0)
     kind = entropy.sum() / (jnp.maximum(count, 1) * k)
 
-    candidates = lax.stop_gradient(_boxes(scale))
+    candidates = [lax.stop_gradient(c)[:, None] for c in scale.boxes()]
     intersection, union = overlap(
-        [c[:, None] for c in candidates], [boxes[..., i : i + 1] for i in range(4)]
+        candidates, [boxes[..., i : i + 1] for i in range(4)]
     )  # [b, m, n]
     # The quotient without a guard: an empty box has no IoU, and that is not above.
     near = (intersection > ignore_threshold * union).any(1)
-    number = np.arange(candidates[0].shape[1], dtype=np.int32)
+    number = np.arange(near.shape[1], dtype=np.int32)
     answering = (slot[..., None] == number[None, None]).any(1)
     counted = answering | ~near
-    logits = _flat(_widened(scale.output[..., 4:5]))[..., 0]
-    entropy = jnp.where(counted, _cross_entropy(logits, answering.astype(wide)), 0)
-    thing = entropy.sum() / jnp.maximum(counted.sum().astype(wide), 1)
+    entropy = _cross_entropy(scale.logits(slice(4, 5))[..., 0], answering.astype(wide))
+    thing = jnp.where(counted, entropy, 0).sum() / jnp.maximum(counted.sum().astype(wide), 1)
     weight = 5 * BALANCE[scale.stride] * image_size[0] * image_size[1] / 416**2
     class_weight = k / 80 if class_weight is None else class_weight
     return {'box': 0.05 * box, 'object': weight * thing, 'class': class_weight * kind}
-
-
-def _best_anchor(
-    boxes: jax.Array, image_size: tuple[int, int], anchors: Anchors, masks: Masks
-) -> jax.Array:
-    """The number of each box's anchor, `[b, m]`: the best by (w, h) that a scale has."""
-    used = np.array(sorted({number for mask in masks for number in mask}), np.int32)
-    widths, heights = np.asarray(anchors, np.float64)[used].T
-    boxes = boxes.astype(statistics_type(boxes.dtype))
-    origin = jnp.zeros((1, 1, 1), boxes.dtype)
-    ratio = overlap_ratio(
-        [origin, origin, boxes[..., 2:3] * image_size[1], boxes[..., 3:4] * image_size[0]],
-        [origin, origin]
-        + [jnp.asarray(side, boxes.dtype)[None, None] for side in (widths, heights)],
-    )
-    return jnp.asarray(used)[ratio.argmax(-1)]
 
 
 def _cross_entropy(logits: jax.Array, wanted: jax.Array) -> jax.Array:
     """BCE of probabilities clipped to [1e-7, 1 - 1e-7], which have no gradient where clipped."""
     logits = lax.clamp(-LARGEST_LOGIT, logits, LARGEST_LOGIT)
     return jax.nn.softplus(logits) - wanted * logits
-
-
-def _boxes(scale: Scale) -> list[jax.Array]:
-    """cx, cy, w, h of all predictions in cells, each `[b, n]`, n over anchors, rows, columns."""
-    _, rows, columns, _, _ = scale.output.shape
-    x, y, w, h = (_widened(scale.output[..., i]) for i in range(4))  # [b, h, w, a]
-    column = np.arange(columns)[None, None, :, None]
-    row = np.arange(rows)[None, :, None, None]
-    width, height = (scale.anchors / scale.stride).T
-    centres = (jax.nn.sigmoid(v) + jnp.asarray(at, v.dtype) for v, at in ((x, column), (y, row)))
-    sides = (
-        jnp.exp(v) * jnp.asarray(side, v.dtype)[None, None, None]
-        for v, side in ((w, width), (h, height))
-    )
-    return [_flat(v[..., None])[..., 0] for v in (*centres, *sides)]
-
-
-def _sides(scale: Scale) -> tuple[int, int, int, int]:
-    """What the coordinates of `_boxes` are divided by to be relative to the picture."""
-    rows, columns = scale.output.shape[1:3]
-    return columns, rows, columns, rows
-
-
-def _flat(x: jax.Array) -> jax.Array:
-    """`[b, h, w, a, c]` -> `[b, a h w, c]`."""
-    return jnp.moveaxis(x, 3, 1).reshape(x.shape[0], -1, x.shape[4])
 
 
 def _widened(x: jax.Array) -> jax.Array:
@@ -395,6 +367,6 @@ def _scales(
                 f'image_size {tuple(image_size)} must be {" or ".join(map(str, BALANCE))} times '
                 f'the {h} x {w} cells of outputs[{i}]'
             )
-        split = output.reshape(b, h, w, len(mask), -1)
+        split = rearrange(output, 'b h w (a c) -> b h w a c', a=len(mask))
         scales.append(Scale(split, anchors[mask], mask, strides[0]))
     return scales
