@@ -46,8 +46,8 @@ class YOLOv4Tiny(nn.Module):
         out16 = c(r3([u, A(feat1)]))        [b, h/16, w/16, 3 (5 + classes)], 256 channels between
 
     The channels of an output are (anchor, [x, y, w, h, object, classes...]), all before any
-    activation; `functional.yolo` decodes them. A is never inside the backbone, so its weights fit
-    with every mechanism.
+    activation; `tasks.detection.yolo` decodes them. A is never inside the backbone, so its weights
+    fit with every mechanism.
 
     Source: bubbliiiing/yolov4-tiny-pytorch nets/yolo.py. As its training from nothing does, kernels
     start from N(0, 0.02) and the norms' scales from N(1, 0.02), those of the backbone too; the

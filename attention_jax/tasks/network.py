@@ -13,7 +13,7 @@ def build_model(config: ConfigDict, num_classes: int, **arguments: Any) -> nn.Mo
     """Returns the network of `config.model` with `num_classes` outputs.
 
     Args:
-        config: the whole config (`configs/base.py`).
+        config: the whole config (`attention_jax/config.py`).
         num_classes: the dataset's.
         **arguments: what the task tells the network beside.
 

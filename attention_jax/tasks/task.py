@@ -118,7 +118,7 @@ def open_source(
     """Opens a split of `config.data` for the task that `config.task` names.
 
     Args:
-        config: the whole config (`configs/base.py`).
+        config: the whole config (`attention_jax/config.py`).
         split: e.g. 'train', 'train[:90%]'.
         preprocessing: that of pretrained weights, or None for the data set's own.
         train: the examples are trained on.
@@ -133,7 +133,7 @@ def create_task(config: ConfigDict, description: Any) -> Task:
     """Returns the task that `config.task` names.
 
     Args:
-        config: the whole config (`configs/base.py`).
+        config: the whole config (`attention_jax/config.py`).
         description: the data set's, as its source or a work directory's config.json gives it.
 
     Raises:
