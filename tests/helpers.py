@@ -72,6 +72,19 @@ def counted(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int, int]:
     return parameters, counts['macs'], counts['matmul']
 
 
+def called(module: nn.Module, shape: tuple[int, ...]) -> set[str]:
+    """Paths of the modules that a call on a map goes through, those without arrays too."""
+    paths = set()
+
+    def note(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        paths.add('/'.join(context.module.path))
+        return method(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+    return paths
+
+
 def inner(out: Any, cotangent: Any) -> Any:
     """sum(output * cotangent), over all outputs of a module that has several."""
     return sum((o * g).sum() for o, g in zip(*map(jax.tree.leaves, (out, cotangent)), strict=True))
