@@ -1,6 +1,5 @@
 """Boxes on photos: detecting them in one, and drawing them."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from flax import linen as nn
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from attention_jax.data.transforms import convert, to_array
+from attention_jax.modules.static import Static
 from attention_jax.tasks.detection import boxes, transforms, yolo
 from attention_jax.tasks.task import Batch, Measured
 
@@ -64,8 +64,16 @@ def predict(
         image = Image.fromarray(image)
     image = upright(image)
     canvas = to_array(transforms.letterbox(image, tuple(model.image_size)))
-    detect = _detector(_Static(model), score_threshold, iou_threshold, max_detections)
-    found = jax.device_get(detect(variables, canvas, np.array([image.height, image.width])))
+    found = _detect(
+        Static(model),
+        variables,
+        canvas,
+        np.array([image.height, image.width]),
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        max_detections=max_detections,
+    )
+    found = jax.device_get(found)
     found['boxes'] = found['boxes'].clip(0, np.float32([*image.size, *image.size]))
     there = found['classes'] >= 0
     return {key: value[there] for key, value in found.items()}
@@ -139,38 +147,23 @@ def _color(number: int) -> tuple[str, str]:
     return color, 'white' if color in _DARK else 'black'
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Static:
-    """A network as a key; one whose arguments are dicts has no hash of its own."""
-
-    model: nn.Module
-
-    def __hash__(self) -> int:
-        return hash(repr(self.model))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self.model == other.model
-
-
-@functools.lru_cache(maxsize=8)
-def _detector(
-    static: _Static, score_threshold: float, iou_threshold: float, max_detections: int
-) -> Any:
-    model = static.model
-
-    @jax.jit
-    def detect(variables: Any, image: jax.Array, shape: jax.Array) -> dict[str, jax.Array]:
-        outputs = model.apply(variables, image[None].astype('float32') / 255)
-        found = yolo.detect(
-            outputs,
-            image_size=model.image_size,
-            anchors=model.anchors,
-            masks=model.masks,
-            score_threshold=score_threshold,
-            iou_threshold=iou_threshold,
-            max_detections=max_detections,
-        )
-        found['boxes'] = boxes.from_letterbox(found['boxes'], model.image_size, shape)
-        return {key: value[0] for key, value in found.items()}
-
-    return detect
+@functools.partial(
+    jax.jit,
+    static_argnums=0,
+    static_argnames=('score_threshold', 'iou_threshold', 'max_detections'),
+)
+def _detect(
+    static: Static, variables: Any, image: jax.Array, shape: jax.Array, **thresholds: Any
+) -> dict[str, jax.Array]:
+    """What the network finds in one canvas, with boxes in pixels of the photo of `shape`."""
+    model = static.module
+    outputs = model.apply(variables, image[None].astype('float32') / 255)
+    found = yolo.detect(
+        outputs,
+        image_size=model.image_size,
+        anchors=model.anchors,
+        masks=model.masks,
+        **thresholds,
+    )
+    found['boxes'] = boxes.from_letterbox(found['boxes'], model.image_size, shape)
+    return {key: value[0] for key, value in found.items()}
