@@ -41,6 +41,16 @@ STEPS = (
     ('yolov4_tiny_voc_phi0', 4, 416),
 )
 BOXES = 20  # an image, of detection
+# Name of a network -> timm's of what PyTorch is timed with.
+TIMM = {
+    'resnet50': 'resnet50',
+    'se_resnet50': 'seresnet50',
+    'gc_resnet50_r16': 'resnet50',
+    'resnest50': 'resnest50d',
+    'mobilenetv2_100': 'mobilenetv2_100',
+    'resnext50_32x4d': 'resnext50_32x4d',
+    'cbam_resnet18': 'resnet18',
+}
 COMPILES = (
     'resnet50', 'resnet152', 'resnext50_32x4d', 'resnext101_64x4d', 'seresnet50', 'senet154',
     'eca_resnet50', 'cbam_resnet50', 'bam_resnet50', 'gc_resnet50_r16', 'gcresnet50t',
@@ -91,10 +101,9 @@ def measure_compile(name: str) -> dict[str, Any]:
     }
 
 
-def ours(name: str, batch: int, size: int) -> Callable[[], None]:
-    """A function that takes one training step and waits for it."""
+def first(name: str, batch: int, size: int) -> tuple[Any, dict[str, jax.Array]]:
+    """A network's first state, and a batch of random images for its training step."""
     program = build(name, batch, size)
-    state = jax.jit(program.init)(jax.random.key(0))
     random = np.random.default_rng(0)
     images = random.integers(0, 256, program.batch['image'].shape, np.uint8)
     data = {'image': jnp.asarray(images)}
@@ -106,7 +115,13 @@ def ours(name: str, batch: int, size: int) -> Callable[[], None]:
         data |= {'boxes': jnp.asarray(boxes), 'classes': jnp.asarray(classes)}
     else:
         data['label'] = jnp.asarray(random.integers(0, 10, (batch,)).astype(np.int32))
-    compiled = program.train_step.lower(state, data).compile()
+    return jax.jit(program.init)(jax.random.key(0)), data
+
+
+def ours(name: str, batch: int, size: int) -> Callable[[], None]:
+    """A function that takes one training step and waits for it."""
+    state, data = first(name, batch, size)
+    compiled = build(name, batch, size).train_step.lower(state, data).compile()
     kept = [state]
 
     def run() -> None:
@@ -125,16 +140,16 @@ def theirs(name: str, batch: int, size: int) -> Callable[[], None]:
     import timm
     import torch
 
-    if name == 'cifar_resnet20':
-        model = cifar_resnet20(torch)
-    else:
-        model = timm.create_model(
-            {'se_resnet50': 'seresnet50', 'resnest50': 'resnest50d'}.get(name, 'resnet50')
-        )
+    own = name == 'cifar_resnet20'
+    model = cifar_resnet20(torch) if own else timm.create_model(TIMM[name])
     if name == 'gc_resnet50_r16':
         for stage in (model.layer2, model.layer3, model.layer4):
             for block in stage:
                 block.se = forms.GlobalContext(block.bn3.num_features)
+    if name == 'cbam_resnet18':
+        for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+            for block in stage:
+                block.se = forms.CBAM(block.bn2.num_features)
     model = model.to(memory_format=torch.channels_last).train()
     x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,))
