@@ -259,7 +259,7 @@ def alternate(runs: dict[str, Callable[[], Any]], repeats: int, calls: int) -> d
     """Seconds a call of each, in turn: median and lowest; `cpu`, of all cores; `others`' cores."""
     wall: dict[str, list[float]] = {key: [] for key in runs}
     work: dict[str, list[float]] = {key: [] for key in runs}
-    clock = benchmark._Clock()
+    others = benchmark._watch()
     for _ in range(repeats):
         for key, run in runs.items():
             if max(wall[key], default=0) > SLOW:
@@ -272,7 +272,7 @@ def alternate(runs: dict[str, Callable[[], Any]], repeats: int, calls: int) -> d
             wall[key].append((time.perf_counter() - started) / calls)
             work[key].append((time.process_time() - worked) / calls)
     return {
-        'others': clock.others() if repeats else None,
+        'others': others() if repeats else None,
         'median': {key: round(statistics.median(t), 5) for key, t in wall.items() if t},
         'lowest': {key: round(min(t), 5) for key, t in wall.items() if t},
         'cpu': {key: round(statistics.median(t), 5) for key, t in work.items() if t},
