@@ -3,6 +3,7 @@
 import functools
 import inspect
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,8 @@ def test_every_mechanism_says_what_it_is(name):
     assert {'dtype', 'param_dtype'} <= set(fields)
     documented = classes[0].__doc__.split('Attributes:')[1]
     for field in fields:
-        assert field == 'name' or f'\n        {field}: ' in documented, f'{field} is not documented'
+        line = re.search(rf'^ +{field}: ', documented, re.MULTILINE)
+        assert field == 'name' or line, f'{field} is not documented'
 
 
 def test_every_mechanism_has_its_counts():
