@@ -223,7 +223,7 @@ def load_config(spec: str) -> ConfigDict:
         files = [*pathlib.Path('configs').glob('*.py'), *path.parent.glob('*.py')]
         there = {file.stem: str(file) for file in files}
         raise ValueError(f'config file {name} does not exist{suggest(path.stem, there)}')
-    # A study imports its neighbours as `configs.base`.
+    # A study imports its neighbours as `configs.datasets`.
     sys.path.insert(0, str(path.resolve().parents[1]))
     try:
         module = runpy.run_path(name)

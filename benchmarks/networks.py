@@ -29,7 +29,7 @@ from attention_jax.models.registry import model_entry
 from attention_jax.tasks.task import task_entry
 from attention_jax.training import sharding
 from attention_jax.training.program import Program, make_program
-from configs import base, yolov4_tiny
+from configs import datasets, yolov4_tiny
 
 # Network, images a batch and their size, as the tables in the README and docs have them.
 STEPS = (
@@ -77,7 +77,7 @@ def random_boxes(batch: int) -> np.ndarray:
 def build(name: str, batch: int, size: int) -> Program:
     """The training step of a network, on one device."""
     entry = model_entry(name)
-    config = yolov4_tiny.get_config('voc') if detects(name) else base.get_config('imagenet2012')
+    config = yolov4_tiny.get_config('voc') if detects(name) else datasets.get_config('imagenet2012')
     config.model.name = name
     config.train.batch_size = batch
     description = task_entry(entry.task).description('random', (size, size, 3), entry.num_classes)

@@ -13,7 +13,7 @@ small: fewer strides, and for digits fewer rows of the network's table.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import datasets
 
 # Expansion, channels, blocks and stride of each stage.
 _DIGITS = ((1, 16, 1, 1), (6, 24, 1, 2), (6, 32, 2, 2))
@@ -29,7 +29,7 @@ _CIFAR10 = (
 
 
 def get_config(arg: str = 'digits') -> ConfigDict:
-    config = base.get_config(arg)
+    config = datasets.get_config(arg)
     config.model.name = 'mobilenetv2'
     if arg == 'imagenet2012':
         config.optimizer.learning_rate = 0.045

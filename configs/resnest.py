@@ -14,11 +14,11 @@ The deeper networks take larger images, e.g. `--config.model.name=resnest101
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import datasets
 
 
 def get_config(arg: str = 'digits') -> ConfigDict:
-    config = base.get_config(arg)
+    config = datasets.get_config(arg)
     if arg == 'imagenet2012':
         config.model.name = 'resnest50'
         config.model.arguments = {'dropout_rate': 0.2, 'zero_init_last': True}

@@ -9,11 +9,11 @@ published neither code nor schedule; what stands in is CBAM's: 100 epochs, batch
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import datasets
 
 
 def get_config(arg: str = 'digits') -> ConfigDict:
-    config = base.get_config(arg)
+    config = datasets.get_config(arg)
     if arg == 'imagenet2012':
         config.model.name = 'a2_resnet50_5_d2'
     else:

@@ -9,11 +9,11 @@ each 30 epochs.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import datasets
 
 
 def get_config(arg: str = 'digits') -> ConfigDict:
-    config = base.get_config(arg)
+    config = datasets.get_config(arg)
     if arg == 'imagenet2012':
         config.model.name = 'bam_resnet50'
     else:

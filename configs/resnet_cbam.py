@@ -8,11 +8,11 @@ batch 256, rate 0.1 times 0.1 after each 30 epochs.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import datasets
 
 
 def get_config(arg: str = 'digits') -> ConfigDict:
-    config = base.get_config(arg)
+    config = datasets.get_config(arg)
     if arg == 'imagenet2012':
         config.model.name = 'cbam_resnet50'
     else:

@@ -10,11 +10,11 @@ are of 0.08 to 1.25 times the image's area, here of 0.08 to 1.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import datasets
 
 
 def get_config(arg: str = 'digits') -> ConfigDict:
-    config = base.get_config(arg)
+    config = datasets.get_config(arg)
     if arg == 'imagenet2012':
         config.model.name = 'cgnl_resnet50_1'
         config.optimizer.learning_rate = 0.01

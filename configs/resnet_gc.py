@@ -10,11 +10,11 @@ blocks in place from the start.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import datasets
 
 
 def get_config(arg: str = 'digits') -> ConfigDict:
-    config = base.get_config(arg)
+    config = datasets.get_config(arg)
     if arg == 'imagenet2012':
         config.model.name = 'gc_resnet50_r16'
         config.schedule.name = 'cosine'

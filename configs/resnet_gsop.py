@@ -12,11 +12,11 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import datasets
 
 
 def get_config(arg: str = 'digits') -> ConfigDict:
-    config = base.get_config(arg)
+    config = datasets.get_config(arg)
     if arg == 'imagenet2012':
         config.model.name = 'gsop_net1_resnet50'
         config.schedule.boundaries = (30 / 95, 60 / 95, 90 / 95)

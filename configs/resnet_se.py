@@ -8,11 +8,11 @@ augmentation by rotation and pixel jitter is left out.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import datasets
 
 
 def get_config(arg: str = 'digits') -> ConfigDict:
-    config = base.get_config(arg)
+    config = datasets.get_config(arg)
     if arg == 'imagenet2012':
         config.model.name = 'se_resnet50'
         config.optimizer.learning_rate = 0.6

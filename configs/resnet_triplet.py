@@ -7,11 +7,11 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import datasets
 
 
 def get_config(arg: str = 'digits') -> ConfigDict:
-    config = base.get_config(arg)
+    config = datasets.get_config(arg)
     if arg == 'imagenet2012':
         config.model.name = 'triplet_resnet50'
     else:

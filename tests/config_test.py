@@ -63,9 +63,9 @@ def test_what_is_not_allowed_is_said(name, value, message):
 def test_a_file_may_add_keys_of_its_own(tmp_path):
     path = tmp_path / 'mine.py'
     path.write_text(
-        'from configs import base\n\n\n'
+        'from configs import datasets\n\n\n'
         'def get_config(arg="digits"):\n'
-        '    config = base.get_config(arg)\n'
+        '    config = datasets.get_config(arg)\n'
         '    config.regression = {"target": "ink"}\n'
         '    return config\n'
     )

@@ -8,11 +8,11 @@ import pytest
 from attention_jax.config import check, defaults, flatten, load_config
 from attention_jax.tasks.network import build_model
 from attention_jax.training.optimizer import make_optimizer, make_schedule
-from configs import base, yolov4_tiny
+from configs import datasets, yolov4_tiny
 
-CONFIGS = pathlib.Path(base.__file__).parent
+CONFIGS = pathlib.Path(datasets.__file__).parent
 DETECTION = 'yolov4_tiny'
-OTHERS = ('__init__', 'base', DETECTION)
+OTHERS = ('__init__', 'datasets', DETECTION)
 STUDIES = sorted(p.stem for p in CONFIGS.glob('*.py') if p.stem not in OTHERS)
 GROUPS = {
     'model': (
@@ -73,7 +73,7 @@ def test_base_has_the_public_keys():
 
 
 @pytest.mark.parametrize('study', STUDIES)
-@pytest.mark.parametrize('dataset', ['', *base.DATASETS])
+@pytest.mark.parametrize('dataset', ['', *datasets.DATASETS])
 def test_study_can_be_built(study, dataset):
     config = load(study, dataset)
     config.lock()

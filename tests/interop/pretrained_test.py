@@ -595,14 +595,14 @@ def test_bad_torch_files(pytorch, tmp_path, legacy):
 def test_a_run_starts_from_weights_and_weights_from_a_run(tmp_path):
     from attention_jax.training import evaluate, load, train
     from attention_jax.training.workdir import read_config
-    from configs import base
+    from configs import datasets
 
     path = tmp_path / 'x.safetensors'
     variables = variables_of(channels=1)
     facts = Preprocessing((0.3,), (0.4,), 0.9, 'bicubic')
     cards.save(path, NAME, variables, preprocessing=facts)
 
-    config = base.get_config('digits')
+    config = datasets.get_config('digits')
     config.model.pretrained = str(path)
     config.model.attention = 'se'
     config.train.update({'steps': 2, 'batch_size': 16, 'ema_decay': 0.5})

@@ -2,11 +2,11 @@ import jax.numpy as jnp
 import pytest
 
 from attention_jax.tasks.network import build_model
-from configs import base
+from configs import datasets
 
 
 def test_model_is_the_configs():
-    config = base.get_config()
+    config = datasets.get_config()
     config.model.attention = 'se'
     config.model.attention_args = {'reduction': 4}
     config.model.arguments = {'zero_init_last': True}

@@ -61,9 +61,9 @@ tasks.register_task('ink', open_split, create)
 
 
 def get_config() -> ConfigDict:
-    from configs import base
+    from configs import datasets
 
-    config = base.get_config('digits')
+    config = datasets.get_config('digits')
     config.task = 'ink'
     config.optimizer.learning_rate = 0.01
     config.schedule.warmup_epochs = 0.0

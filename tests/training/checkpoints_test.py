@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from attention_jax.training import checkpoints, sharding
 from attention_jax.training.state import State, abstract_state, create_state, make_init
-from configs import base
+from configs import datasets
 
 
 class Net(nn.Module):
@@ -147,7 +147,7 @@ def test_variables_need_no_network(tmp_path, ema):
 def test_load_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match=r'holds no run: it has no config.json'):
         checkpoints.load(tmp_path)
-    config = base.get_config('digits').to_dict()
+    config = datasets.get_config('digits').to_dict()
     config['dataset'] = {'num_classes': 10, 'image_shape': [32, 32, 1], 'mean': [0.3], 'std': [0.3]}
     (tmp_path / 'config.json').write_text(json.dumps(config))
     with pytest.raises(ValueError, match='holds no checkpoint: train first'):

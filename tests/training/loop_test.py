@@ -50,9 +50,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, pathlib.Pat
 
 
 def make_config(**settings: Any) -> Any:
-    from configs import base
+    from configs import datasets
 
-    config = base.get_config('digits')
+    config = datasets.get_config('digits')
     config.train.update(
         {'steps': 6, 'batch_size': 16, 'checkpoint_every': 5, 'log_every': 2, **settings}
     )

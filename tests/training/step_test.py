@@ -14,7 +14,7 @@ from attention_jax.tasks import open_source
 from attention_jax.training import sharding
 from attention_jax.training.program import make_program
 from attention_jax.training.state import State, create_state
-from configs import base, yolov4_tiny
+from configs import datasets, yolov4_tiny
 
 # The update is minus the gradient.
 PLAIN_SGD = {'name': 'sgd', 'learning_rate': 1.0, 'momentum': 0.0, 'nesterov': False}
@@ -22,7 +22,7 @@ PLAIN_SGD |= {'weight_decay': 0.0}
 
 
 def plain_sgd(**settings: Any) -> ConfigDict:
-    config = base.get_config('digits')
+    config = datasets.get_config('digits')
     config.optimizer.update(PLAIN_SGD)
     config.train.update({'batch_size': 16, **settings})
     return config

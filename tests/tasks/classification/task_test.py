@@ -8,7 +8,7 @@ from attention_jax.tasks import create_task, open_source
 from attention_jax.tasks.classification import metrics
 from attention_jax.tasks.classification.loss import loss
 from attention_jax.tasks.classification.source import Description
-from configs import base
+from configs import datasets
 from tests import helpers
 
 DESCRIPTION = Description(
@@ -29,7 +29,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def test_inputs_are_normalised_by_channel():
     image = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    task = create_task(base.get_config(), DESCRIPTION)
+    task = create_task(datasets.get_config(), DESCRIPTION)
     expected = (image / 255 - np.array(DESCRIPTION.mean)) / np.array(DESCRIPTION.std)
     result = task.inputs({'image': jnp.asarray(image)})
     assert result.dtype == jnp.float32
@@ -70,7 +70,7 @@ def test_evaluation_counts_each_example_once_whatever_the_padding():
 
 
 def test_abstract_batch_is_what_the_loader_gives():
-    config = base.get_config()
+    config = datasets.get_config()
     source = open_source(config, 'train[:13]', train=True)
     abstract = create_task(config, source.description).abstract_batch(6)
     assert helpers.shapes(abstract) == {
@@ -85,7 +85,7 @@ def test_abstract_batch_is_what_the_loader_gives():
 
 
 def test_unknown_task_is_refused():
-    config = base.get_config()
+    config = datasets.get_config()
     config.task = 'segmentation'
     with pytest.raises(ValueError, match="task 'segmentation' is unknown: use one of 'classif"):
         create_task(config, DESCRIPTION)
